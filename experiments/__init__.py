@@ -1,0 +1,1 @@
+"""Training, generation and benchmarks built on `spec_jax` and `moe_jax`."""

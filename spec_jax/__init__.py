@@ -1,0 +1,20 @@
+"""Exact, fast speculative decoding in JAX.
+
+Axis letters: B batch, T query positions, S cache slots, N heads, K key-value heads, H head dim, D model dim,
+V vocabulary, J drafted tokens, P prompt positions. Arrays carry them: `logits_btv`, `length_b`.
+"""
+
+from spec_jax.cache import KVCache as KVCache
+from spec_jax.decoder import Decoder as Decoder
+from spec_jax.decoder import DecoderConfig as DecoderConfig
+from spec_jax.decoder import DecoderOutput as DecoderOutput
+from spec_jax.decoding import StreamedRound as StreamedRound
+from spec_jax.decoding import base_decoding as base_decoding
+from spec_jax.decoding import speculative_decoding as speculative_decoding
+from spec_jax.decoding import stream as stream
+from spec_jax.drafters import Drafter as Drafter
+from spec_jax.drafters import SmallModel as SmallModel
+from spec_jax.result import DecodeResult as DecodeResult
+from spec_jax.result import DecodeStats as DecodeStats
+from spec_jax.sampling import Sampling as Sampling
+from spec_jax.verification import Verification as Verification

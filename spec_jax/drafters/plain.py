@@ -1,0 +1,30 @@
+"""Drafting nothing: with it the speculative loop is plain decoding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flax import struct
+
+from spec_jax.drafters.base import Choose, Drafter, LanguageModel, Output, Proposal, Sequence
+from spec_jax.drafters.small_model import stack_draft
+
+
+@struct.dataclass
+class Plain(Drafter):
+    """No draft: each round reads one token and emits one."""
+
+    gamma: int = struct.field(pytree_node=False, default=0)
+
+    def start(self, target: LanguageModel, sequence: Sequence, prefill: Output, size: int) -> Any:
+        """No state."""
+        del target, sequence, prefill, size
+        return ()
+
+    def propose(
+        self, target: LanguageModel, sequence: Sequence, target_cache: Any, state: Any, choose: Choose
+    ) -> Proposal:
+        """An empty draft."""
+        del choose
+        batch = sequence.length_b.shape[0]
+        return Proposal(stack_draft([], [], batch=batch, vocab_size=target.vocab_size), target_cache, state)

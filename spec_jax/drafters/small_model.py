@@ -1,0 +1,77 @@
+"""Drafting with a smaller model of the same vocabulary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from spec_jax.drafters.base import Choose, Drafter, LanguageModel, Output, Proposal, Sequence
+from spec_jax.verification import Draft
+
+
+@struct.dataclass
+class SmallModel(Drafter):
+    """A draft model that continues the text by itself, gamma tokens a round (Leviathan 2211.17192).
+
+    Its first step of a round reads the last two known tokens. After a full accept its cache lacks the last drafted
+    token, which it never read, and otherwise lacks nothing: reading two always is cheaper than a catch-up forward.
+
+    Attributes:
+      draft: the draft model.
+      gamma: tokens drafted a round.
+    """
+
+    draft: Any
+    gamma: int = struct.field(pytree_node=False, default=5)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens the draft knows."""
+        return self.draft.vocab_size
+
+    def start(self, target: LanguageModel, sequence: Sequence, prefill: Output, size: int) -> Any:
+        """The draft's cache after the prompts."""
+        del target, prefill
+        batch, width = sequence.tokens_bs.shape
+        return self.draft(sequence.tokens_bs, self.draft.init_cache(batch, width)).cache.resized(size)
+
+    def propose(
+        self, target: LanguageModel, sequence: Sequence, target_cache: Any, state: Any, choose: Choose
+    ) -> Proposal:
+        """gamma tokens a row, one forward each."""
+        tokens_jb, log_probs_jbv = [], []
+        length_b, cache = sequence.length_b, state
+        # A row of one token has no second to last: its window is that token and a leftover, read and overwritten.
+        start_b = jnp.maximum(length_b - 2, 0)
+        window_bt = jnp.take_along_axis(sequence.tokens_bs, start_b[:, None] + jnp.arange(2)[None, :], axis=1)
+        last_b11 = (length_b - 1 - start_b)[:, None, None]
+        for offset in range(self.gamma):
+            if offset == 0:
+                output = self.draft(window_bt, cache.with_length(start_b))
+                logits_bv = jnp.take_along_axis(output.logits, last_b11, axis=1)[:, 0]
+            else:
+                output = self.draft(tokens_jb[-1][:, None], cache.with_length(length_b + offset - 1))
+                logits_bv = output.logits[:, 0]
+            cache = output.cache
+            token_b, log_probs_bv = choose(logits_bv, offset)
+            tokens_jb.append(token_b)
+            log_probs_jbv.append(log_probs_bv)
+        draft = stack_draft(tokens_jb, log_probs_jbv, batch=length_b.shape[0], vocab_size=target.vocab_size)
+        return Proposal(draft, target_cache, cache)
+
+
+def stack_draft(
+    tokens_jb: list[jax.Array], log_probs_jbv: list[jax.Array], *, batch: int, vocab_size: int
+) -> Draft:
+    """A draft of J tokens in every row, J = 0 included."""
+    if not tokens_jb:
+        return Draft(
+            jnp.zeros((batch, 0), jnp.int32),
+            jnp.zeros((batch, 0, vocab_size)),
+            jnp.zeros((batch,), jnp.int32),
+        )
+    count_b = jnp.full((batch,), len(tokens_jb), jnp.int32)
+    return Draft(jnp.stack(tokens_jb, axis=1), jnp.stack(log_probs_jbv, axis=1), count_b)

@@ -1,0 +1,59 @@
+"""Where the randomness of decoding comes from.
+
+Noise belongs to a row and a place in that row's own sequence, never to a slot of the batch, so that a row's tokens do
+not depend on which other rows are decoded beside it.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+
+class Purpose(enum.IntEnum):
+    """What a stream of noise is for; no two purposes share a stream."""
+
+    POSITION = 0
+    DRAFT = 1
+    ACCEPTANCE = 2
+    RESIDUAL = 3
+
+
+def position_gumbel(
+    key: jax.Array, row_ids_b: jax.Array, position_bt: jax.Array, vocab_size: int
+) -> jax.Array:
+    """(B, T, V) Gumbel noise keyed by (row, absolute position): plain decoding and the coupled rule share it."""
+
+    def one_position(row_id: jax.Array, position: jax.Array) -> jax.Array:
+        position_key = jax.random.fold_in(_row_key(key, Purpose.POSITION, row_id), position)
+        return jax.random.gumbel(position_key, (vocab_size,))
+
+    return jax.vmap(jax.vmap(one_position, (None, 0)))(row_ids_b, position_bt)
+
+
+def round_noise(
+    key: jax.Array,
+    purpose: Purpose,
+    row_ids_b: jax.Array,
+    round_start_b: jax.Array,
+    shape: tuple[int, ...],
+    sampler: Callable[[jax.Array, tuple[int, ...]], jax.Array],
+) -> jax.Array:
+    """(B, *shape) noise keyed by (row, position where the row's round starts).
+
+    The rules that test a draft need noise that no earlier round has looked at. A position is drafted again after a
+    rejection before it, and block verification has then already used what the first draft drew there, so the round's
+    start is part of the key and the position alone would not do.
+    """
+
+    def one_row(row_id: jax.Array, round_start: jax.Array) -> jax.Array:
+        return sampler(jax.random.fold_in(_row_key(key, purpose, row_id), round_start), shape)
+
+    return jax.vmap(one_row)(row_ids_b, round_start_b)
+
+
+def _row_key(key: jax.Array, purpose: Purpose, row_id: jax.Array) -> jax.Array:
+    return jax.random.fold_in(jax.random.fold_in(key, jnp.uint32(purpose)), row_id)

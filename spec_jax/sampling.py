@@ -1,0 +1,114 @@
+"""Temperature and filters: one function from logits to the distribution that is sampled from."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+Scalar = float | jax.Array | np.ndarray
+
+
+@struct.dataclass
+class Sampling:
+    """How a token is drawn from logits, in the order of Hugging Face: temperature, top-k, top-p, min-p.
+
+    Each filter sees the distribution that the ones before it left. Tokens tied with the last one kept are kept.
+
+    Attributes:
+      temperature: divides the logits; 0 is greedy. A scalar that may change without a recompile.
+      top_k: an integer keeps that many tokens; a float in [0, 1) is the original's fraction and keeps the
+        ⌈(1 − top_k)·V⌉ largest; None keeps all. Part of the compiled program.
+      top_p: keeps the smallest set of most probable tokens whose mass reaches top_p; 1 keeps all (nucleus sampling,
+        Holtzman 1904.09751). May change without a recompile.
+      min_p: keeps tokens at least min_p times as probable as the most probable one; 0 keeps all (Nguyen 2407.01082).
+        May change without a recompile.
+    """
+
+    temperature: Scalar = 1.0
+    top_k: int | float | None = struct.field(pytree_node=False, default=None)
+    top_p: Scalar = 1.0
+    min_p: Scalar = 0.0
+
+    def checked(self) -> Sampling:
+        """The same with float32 scalars, after checking every value the host can see.
+
+        Raises:
+          ValueError: a value outside its range.
+        """
+        _require("temperature", self.temperature, lambda x: 0 <= x < math.inf, "a finite number >= 0")
+        _require("top_p", self.top_p, lambda x: 0 < x <= 1, "in (0, 1]")
+        _require("min_p", self.min_p, lambda x: 0 <= x <= 1, "in [0, 1]")
+        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int | float | None):
+            raise ValueError(f"top_k must be an integer count, a float fraction or None, got {self.top_k!r}")
+        if isinstance(self.top_k, int) and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+        if isinstance(self.top_k, float) and not 0 <= self.top_k < 1:
+            raise ValueError(f"top_k as a fraction must be in [0, 1), got {self.top_k}")
+        return self.replace(
+            temperature=jnp.asarray(self.temperature, jnp.float32),
+            top_p=jnp.asarray(self.top_p, jnp.float32),
+            min_p=jnp.asarray(self.min_p, jnp.float32),
+        )
+
+
+def _require(name: str, value: Scalar, holds, expected: str) -> None:
+    if isinstance(value, jax.core.Tracer):
+        return
+    if np.ndim(value) != 0 or not holds(float(value)):
+        raise ValueError(f"{name} must be {expected}, got {value}")
+
+
+def filtered_log_probs(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """Log-probabilities of the distribution that is sampled from.
+
+    Used for target and draft alike: the verification rules are exact only for the distributions sampled from.
+
+    Args:
+      logits: (..., V) in any float dtype.
+      sampling: temperature and filters.
+
+    Returns:
+      (..., V) float32, normalised; −inf where a token is filtered out. Temperature 0 gives 0 at the first largest
+      logit and −inf elsewhere.
+    """
+    logits = logits.astype(jnp.float32)
+    greedy = jnp.asarray(sampling.temperature) == 0
+    # Subtracting first keeps the largest at exactly 0, so that a tiny temperature cannot overflow.
+    scores = (logits - logits.max(-1, keepdims=True)) / jnp.where(greedy, 1.0, sampling.temperature)
+    if sampling.top_k is not None:
+        scores = keep_top_k(scores, sampling.top_k)
+    # A conditional, because sorting the vocabulary costs more than everything else here and 1 is the default.
+    scores = jax.lax.cond(
+        jnp.asarray(sampling.top_p) < 1, keep_top_p, lambda scores, _: scores, scores, sampling.top_p
+    )
+    scores = jnp.where(scores < jnp.log(sampling.min_p), -jnp.inf, scores)
+    best = jnp.argmax(logits, axis=-1)
+    token_v = jax.lax.broadcasted_iota(best.dtype, logits.shape, logits.ndim - 1)
+    point_mass = jnp.where(token_v == best[..., None], 0.0, -jnp.inf)
+    return jnp.where(greedy, point_mass, jax.nn.log_softmax(scores, axis=-1))
+
+
+def keep_top_k(scores: jax.Array, top_k: int | float) -> jax.Array:
+    """−inf below the k-th largest score, with k counted or a fraction as in `Sampling.top_k`."""
+    vocab_size = scores.shape[-1]
+    count = min(top_k, vocab_size) if isinstance(top_k, int) else math.ceil((1 - top_k) * vocab_size)
+    smallest_kept = jax.lax.top_k(scores, count)[0][..., -1:]
+    return jnp.where(scores < smallest_kept, -jnp.inf, scores)
+
+
+def keep_top_p(scores: jax.Array, top_p: Scalar) -> jax.Array:
+    """−inf outside the smallest set of most probable tokens whose mass reaches top_p."""
+    descending = jnp.sort(scores, axis=-1, descending=True)
+    probs = jax.nn.softmax(descending, axis=-1)
+    mass_before = jnp.cumsum(probs, axis=-1) - probs
+    smallest_kept = jnp.min(jnp.where(mass_before < top_p, descending, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(scores < smallest_kept, -jnp.inf, scores)
+
+
+def draw(log_probs: jax.Array, gumbel: jax.Array) -> jax.Array:
+    """A token of each (..., V) distribution by the Gumbel-max trick: int32 (...)."""
+    return jnp.argmax(log_probs + gumbel, axis=-1).astype(jnp.int32)
