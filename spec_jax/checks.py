@@ -43,9 +43,7 @@ def checked_prompt(
     return np.where(real_bp, prompt_bp, 0).astype(np.int32), length_b.astype(np.int32)
 
 
-def checked_drafter(
-    target: LanguageModel, drafter: Drafter, verification: str, lenience: float
-) -> Verification:
+def checked_drafter(target: LanguageModel, drafter: Drafter, verification: str, lenience: float) -> Verification:
     """The rule, after checking that it, the drafter and the target go together.
 
     Raises:
@@ -66,9 +64,7 @@ def checked_drafter(
     if not 0 < lenience <= 1:
         raise ValueError(f"lenience must be in (0, 1], got {lenience}")
     if lenience != 1 and rule != Verification.REJECTION:
-        raise ValueError(
-            f"lenience must be 1 for verification {str(rule)!r}: only 'rejection' has it; got {lenience}"
-        )
+        raise ValueError(f"lenience must be 1 for verification {str(rule)!r}: only 'rejection' has it; got {lenience}")
     return rule
 
 
@@ -81,14 +77,8 @@ def checked_row_ids(row_ids: ArrayLike | None, batch: int) -> jax.Array:
     if row_ids is None:
         return jnp.arange(batch, dtype=jnp.uint32)
     ids_b = np.asarray(row_ids)
-    if (
-        ids_b.shape != (batch,)
-        or not np.issubdtype(ids_b.dtype, np.integer)
-        or (ids_b.size and ids_b.min() < 0)
-    ):
-        raise ValueError(
-            f"row_ids must be ({batch},) integers >= 0, got {ids_b.shape} {ids_b.dtype}: {ids_b}"
-        )
+    if ids_b.shape != (batch,) or not np.issubdtype(ids_b.dtype, np.integer) or (ids_b.size and ids_b.min() < 0):
+        raise ValueError(f"row_ids must be ({batch},) integers >= 0, got {ids_b.shape} {ids_b.dtype}: {ids_b}")
     return jnp.asarray(ids_b, jnp.uint32)
 
 
@@ -129,11 +119,7 @@ def checked_size(cache_size: int | None, *, width: int, max_new_tokens: int, gam
     Raises:
       ValueError: negative `max_new_tokens`, or a cache too small.
     """
-    if (
-        isinstance(max_new_tokens, bool)
-        or not isinstance(max_new_tokens, int | np.integer)
-        or max_new_tokens < 0
-    ):
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be an integer >= 0, got {max_new_tokens!r}")
     needed = width + int(max_new_tokens) + gamma + 1
     if cache_size is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -127,7 +128,7 @@ def speculative_decoding(
         size=prepared.size,
         width=checks.bucket(max_new_tokens),
     )
-    return result.replace(tokens=result.tokens[:, :max_new_tokens])
+    return dataclasses.replace(result, tokens=result.tokens[:, :max_new_tokens])
 
 
 @struct.dataclass
@@ -236,6 +237,4 @@ def _rounds(target: Any, drafter: Drafter, prepared: _Prepared) -> Iterator[Stre
     )
     while not np.asarray(state.done_b).all():
         state, emission = compiled_round(target, drafter, state, prepared.request)
-        yield StreamedRound(
-            *(np.asarray(x) for x in (emission.tokens_bt, emission.count_b, emission.accepted_b))
-        )
+        yield StreamedRound(*(np.asarray(x) for x in (emission.tokens_bt, emission.count_b, emission.accepted_b)))

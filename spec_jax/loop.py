@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -124,7 +125,8 @@ def decode_round(
     target_log_probs_btv = filtered_log_probs(scored.logits, request.sampling)
     verdict = _verify(request, sequence, proposal.draft, target_log_probs_btv, position_noise_btv)
     emission, done_b = _cut(proposal.draft, verdict, state, request)
-    state = state.replace(
+    state = dataclasses.replace(
+        state,
         sequence=_extend(sequence, emission),
         done_b=done_b,
         target_cache=scored.cache,
@@ -165,9 +167,7 @@ def finish(state: DecodeState, request: Request, *, width: int) -> DecodeResult:
     return DecodeResult(tokens=tokens_bn, lengths=emitted_b, stats=state.stats)
 
 
-def _chooser(
-    request: Request, sequence: Sequence, gamma: int, vocab_size: int, position_noise_btv: jax.Array | None
-):
+def _chooser(request: Request, sequence: Sequence, gamma: int, vocab_size: int, position_noise_btv: jax.Array | None):
     """The drafter's way to draw: the filters of the target, and noise of its own unless the rule couples the two."""
     if position_noise_btv is None:
         noise_bjv = round_noise(
@@ -226,9 +226,7 @@ def _extend(sequence: Sequence, emission: Emission) -> Sequence:
     """The rows with the round's tokens behind them."""
     offset_1t = jnp.arange(emission.tokens_bt.shape[1])[None, :]
     nowhere = sequence.tokens_bs.shape[1]
-    slot_bt = jnp.where(
-        offset_1t < emission.count_b[:, None], sequence.length_b[:, None] + offset_1t, nowhere
-    )
+    slot_bt = jnp.where(offset_1t < emission.count_b[:, None], sequence.length_b[:, None] + offset_1t, nowhere)
     row_b1 = jnp.arange(slot_bt.shape[0])[:, None]
     tokens_bs = sequence.tokens_bs.at[row_b1, slot_bt].set(emission.tokens_bt, mode="drop")
     return Sequence(tokens_bs, sequence.length_b + emission.count_b)

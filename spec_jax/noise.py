@@ -22,9 +22,7 @@ class Purpose(enum.IntEnum):
     RESIDUAL = 3
 
 
-def position_gumbel(
-    key: jax.Array, row_ids_b: jax.Array, position_bt: jax.Array, vocab_size: int
-) -> jax.Array:
+def position_gumbel(key: jax.Array, row_ids_b: jax.Array, position_bt: jax.Array, vocab_size: int) -> jax.Array:
     """(B, T, V) Gumbel noise keyed by (row, absolute position): plain decoding and the coupled rule share it."""
 
     def one_position(row_id: jax.Array, position: jax.Array) -> jax.Array:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.core import Tracer
 
 Scalar = float | jax.Array | np.ndarray
 
@@ -48,7 +50,8 @@ class Sampling:
             raise ValueError(f"top_k must be at least 1, got {self.top_k}")
         if isinstance(self.top_k, float) and not 0 <= self.top_k < 1:
             raise ValueError(f"top_k as a fraction must be in [0, 1), got {self.top_k}")
-        return self.replace(
+        return dataclasses.replace(
+            self,
             temperature=jnp.asarray(self.temperature, jnp.float32),
             top_p=jnp.asarray(self.top_p, jnp.float32),
             min_p=jnp.asarray(self.min_p, jnp.float32),
@@ -56,7 +59,7 @@ class Sampling:
 
 
 def _require(name: str, value: Scalar, holds, expected: str) -> None:
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return
     if np.ndim(value) != 0 or not holds(float(value)):
         raise ValueError(f"{name} must be {expected}, got {value}")
@@ -82,9 +85,7 @@ def filtered_log_probs(logits: jax.Array, sampling: Sampling) -> jax.Array:
     if sampling.top_k is not None:
         scores = keep_top_k(scores, sampling.top_k)
     # A conditional, because sorting the vocabulary costs more than everything else here and 1 is the default.
-    scores = jax.lax.cond(
-        jnp.asarray(sampling.top_p) < 1, keep_top_p, lambda scores, _: scores, scores, sampling.top_p
-    )
+    scores = jax.lax.cond(jnp.asarray(sampling.top_p) < 1, keep_top_p, lambda scores, _: scores, scores, sampling.top_p)
     scores = jnp.where(scores < jnp.log(sampling.min_p), -jnp.inf, scores)
     best = jnp.argmax(logits, axis=-1)
     token_v = jax.lax.broadcasted_iota(best.dtype, logits.shape, logits.ndim - 1)

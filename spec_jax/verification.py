@@ -85,9 +85,7 @@ def rejection(
     return Verdict(accepted_b, _draw_residual(target_bv, draft_bv, target_bv, gumbel_bv))
 
 
-def block(
-    draft: Draft, target_log_probs_btv: jax.Array, uniform_bj: jax.Array, gumbel_bv: jax.Array
-) -> Verdict:
+def block(draft: Draft, target_log_probs_btv: jax.Array, uniform_bj: jax.Array, gumbel_bv: jax.Array) -> Verdict:
     """Block verification: the longest prefix that passes its own test, tested jointly.
 
     Accepts at least as many tokens in expectation as `rejection`, for the same output distribution.
@@ -99,9 +97,7 @@ def block(
     draft_probs_btv = _with_zero_rows(draft)
     target_probs_btv = jnp.exp(target_log_probs_btv)
     draft_prob_bj = _of_tokens(draft_probs_btv, draft.tokens_bj)
-    ratio_bj = _of_tokens(target_probs_btv, draft.tokens_bj) / jnp.where(
-        draft_prob_bj > 0, draft_prob_bj, 1.0
-    )
+    ratio_bj = _of_tokens(target_probs_btv, draft.tokens_bj) / jnp.where(draft_prob_bj > 0, draft_prob_bj, 1.0)
 
     # reach_bt[:, i] is r_i: 1, then min(r_{i−1}·p(x_i)/q(x_i), 1). J is small and known, so the loop unrolls.
     reach = [jnp.ones_like(target_probs_btv[:, 0, 0])]

@@ -63,9 +63,7 @@ class SmallModel(Drafter):
         return Proposal(draft, target_cache, cache)
 
 
-def stack_draft(
-    tokens_jb: list[jax.Array], log_probs_jbv: list[jax.Array], *, batch: int, vocab_size: int
-) -> Draft:
+def stack_draft(tokens_jb: list[jax.Array], log_probs_jbv: list[jax.Array], *, batch: int, vocab_size: int) -> Draft:
     """A draft of J tokens in every row, J = 0 included."""
     if not tokens_jb:
         return Draft(
