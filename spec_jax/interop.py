@@ -49,6 +49,15 @@ def decoder_from_torch(state_dict: Mapping[str, ArrayLike], **constructor_args: 
     return _load(decoder, given)
 
 
+def to_torch_names(decoder: Decoder) -> dict[str, np.ndarray]:
+    """The weights of a decoder under the original's names and in its layout: the inverse of `decoder_from_torch`."""
+    names, weights = torch_names(decoder.config), {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(decoder):
+        value = np.asarray(leaf)
+        weights[names[_name(path)]] = value.T if _name(path).endswith(".kernel") else value
+    return weights
+
+
 def torch_names(config: DecoderConfig) -> dict[str, str]:
     """Each parameter's path in our tree (as `jax.tree_util.keystr` writes it) and the original's name of it."""
     names = {

@@ -1,0 +1,301 @@
+"""How fast decoding is against what the machine allows, what the formula predicts, and PyTorch.
+
+    python -m experiments.benchmark_decoding --output runs/benchmark_decoding.json
+
+Every ratio is of two things timed in turn in this one process. PyTorch's part needs the `bench` extra.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import os
+import pathlib
+import platform
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+import spec_jax
+from experiments import torch_reference
+from experiments.measure import alternate, leviathan_speedup, measure_costs
+from spec_jax import checks, decoding, loop
+from spec_jax.drafters.plain import Plain
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Sizes of the benchmark; the defaults are the project's stated figures.
+
+    Attributes:
+      dim: width of target and draft.
+      depth: blocks of the target.
+      draft_depth: blocks of the draft.
+      dtype: compute dtype of both.
+      prompt_length: bytes of each prompt.
+      max_new_tokens: bytes decoded.
+      batches: batch sizes of plain decoding.
+      gamma: tokens drafted a round.
+      repeats: timed calls of each way.
+      with_torch: compare with PyTorch; None means when it is installed and this is a CPU.
+      output: where the JSON goes.
+    """
+
+    dim: int = 512
+    depth: int = 10
+    draft_depth: int = 2
+    dtype: str = "float32"
+    prompt_length: int = 128
+    max_new_tokens: int = 384
+    batches: tuple[int, ...] = (1, 4)
+    gamma: int = 5
+    repeats: int = 5
+    with_torch: bool | None = None
+    output: pathlib.Path = pathlib.Path("runs/benchmark_decoding.json")
+
+
+# The original's defaults: temperature 1, the 10 % most probable tokens.
+SAMPLING = spec_jax.Sampling(temperature=1.0, top_k=0.9)
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Runs all parts, prints them and writes the JSON."""
+    config.output.parent.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    with_torch = config.with_torch
+    if with_torch is None:
+        with_torch = importlib.util.find_spec("speculative_decoding") is not None and jax.default_backend() == "cpu"
+    target, draft = (
+        spec_jax.Decoder(
+            spec_jax.DecoderConfig(dim=config.dim, depth=depth, dtype=config.dtype),  # pyright: ignore[reportArgumentType]
+            rngs=nnx.Rngs(seed),
+        )
+        for seed, depth in enumerate((config.depth, config.draft_depth))
+    )
+    report: dict[str, Any] = {"machine": _machine(), "config": dataclasses.asdict(config) | {"output": None}}
+    report["memory_gigabytes_per_second"] = memory_rate() / 1e9
+    if with_torch:
+        report["versions"] = torch_reference.versions()
+    report["plain"] = [_plain(config, target, batch, report, with_torch) for batch in config.batches]
+    report["speculative"] = _speculative(config, target, draft, with_torch)
+    _print(console, report)
+    config.output.write_text(json.dumps(report, indent=2) + "\n")
+    console.print(f"written to {config.output}")
+    return report
+
+
+def memory_rate(gigabytes: float = 0.5, repeats: int = 10) -> float:
+    """Bytes per second at which the device reads memory: the fastest sum over an array far larger than its caches."""
+    numbers = jnp.ones((int(gigabytes * 2**30 / 4),), jnp.float32)
+    seconds, _ = alternate({"sum": lambda _: jax.jit(jnp.sum)(numbers)}, repeats=repeats)
+    return numbers.nbytes / min(seconds["sum"])
+
+
+def _prompt(config: Config, batch: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (batch, config.prompt_length)).astype(np.int32)
+
+
+def _plain(config: Config, target: Any, batch: int, report: dict[str, Any], with_torch: bool) -> dict[str, Any]:
+    """Plain decoding against the memory rate and against PyTorch."""
+    shared: dict[str, Any]
+    prompt, shared = _prompt(config, batch), {"max_new_tokens": config.max_new_tokens}
+    calls: dict[str, Callable[[int], Any]] = {
+        "spec_jax": lambda repeat: spec_jax.base_decoding(
+            target, prompt, key=jax.random.key(repeat), sampling=SAMPLING, **shared
+        )
+    }
+    if with_torch:
+        original = torch_reference.original_decoder(target)
+        calls["original"] = torch_reference.original_plain(original, prompt, **shared)
+        calls["torch static cache"] = torch_reference.static_cache_plain(target, prompt, **shared)
+    seconds, _ = alternate(calls, repeats=config.repeats)
+    memory = _memory(config, target, Plain(), batch)
+    floor = (memory["weights_bytes"] + memory["cache_bytes"]) / (report["memory_gigabytes_per_second"] * 1e9)
+    row = _times(seconds, config.max_new_tokens)
+    return row | {
+        "batch": batch,
+        "floor_milliseconds": floor * 1e3,
+        "times_floor": row["milliseconds_min"]["spec_jax"] / (floor * 1e3),
+        "memory": memory,
+    }
+
+
+def _speculative(config: Config, target: Any, draft: Any, with_torch: bool) -> dict[str, Any]:
+    """Speculative decoding at batch 1 against plain decoding, the formula and the original."""
+    shared: dict[str, Any]
+    prompt, shared = _prompt(config, 1), {"max_new_tokens": config.max_new_tokens}
+    drafter = spec_jax.SmallModel(draft, gamma=config.gamma)
+    calls: dict[str, Callable[[int], Any]] = {
+        "plain": lambda repeat: spec_jax.base_decoding(
+            target, prompt, key=jax.random.key(repeat), sampling=SAMPLING, **shared
+        ),
+        "spec_jax": lambda repeat: spec_jax.speculative_decoding(
+            target, drafter, prompt, key=jax.random.key(repeat), sampling=SAMPLING, **shared
+        ),
+    }
+    if with_torch:
+        models = torch_reference.original_decoder(target), torch_reference.original_decoder(draft)
+        calls["original"] = torch_reference.original_speculative(*models, prompt, gamma=config.gamma, **shared)
+    models_call, rounds = _models_only(config, target, drafter, prompt)
+    calls["models only"] = models_call
+    seconds, results = alternate(calls, repeats=config.repeats)
+
+    rates = [float(result.acceptance_rate) for result in results["spec_jax"]]
+    round_seconds = [s / int(r.rounds[0]) for s, r in zip(seconds["spec_jax"], results["spec_jax"], strict=True)]
+    model_seconds = [s / rounds for s in seconds.pop("models only")]
+    draft_cost, scoring_cost = measure_costs(
+        target, {"draft": drafter}, prompt, max_new_tokens=config.max_new_tokens, sampling=SAMPLING
+    )["draft"]
+    speedup = float(np.median(np.asarray(seconds["plain"]) / np.asarray(seconds["spec_jax"])))
+    predicted = leviathan_speedup(float(np.mean(rates)), config.gamma, draft_cost=draft_cost, scoring_cost=scoring_cost)
+    row = _times(seconds, config.max_new_tokens) | {
+        "gamma": config.gamma,
+        "acceptance_rate": float(np.mean(rates)),
+        "mean_accepted_length": float(np.mean([float(r.mean_accepted_length) for r in results["spec_jax"]])),
+        "draft_cost": draft_cost,
+        "scoring_cost": scoring_cost,
+        "speedup": speedup,
+        "predicted_speedup": predicted,
+        "speedup_over_predicted": speedup / predicted,
+        "overhead_outside_models": 1 - min(model_seconds) / min(round_seconds),
+        "overhead_outside_models_median": 1 - float(np.median(model_seconds) / np.median(round_seconds)),
+        "memory": _memory(config, target, drafter, 1),
+    }
+    if with_torch:
+        row["original_mean_accepted_length"] = float(np.mean([accepted for _, accepted in results["original"]]))
+    return row
+
+
+def _models_only(
+    config: Config, target: Any, drafter: spec_jax.SmallModel, prompt: np.ndarray, rounds: int = 50
+) -> tuple[Callable[[int], Any], int]:
+    """Rounds of nothing but the forwards of a speculative round, at its cache sizes; and how many rounds a call has."""
+    size = checks.bucket(checks.bucket(prompt.shape[1]) + config.max_new_tokens + config.gamma + 1)
+    batch, draft = prompt.shape[0], drafter.draft
+    # Half the output on average: masked slots cost what live ones do, so the exact length does not matter.
+    length_b = jnp.full((batch,), prompt.shape[1] + config.max_new_tokens // 2, jnp.int32)
+
+    @functools.partial(jax.jit, donate_argnums=(3, 4))
+    def run(target: Any, draft: Any, tokens_bt: jax.Array, target_cache: Any, draft_cache: Any) -> Any:
+        def once(_: jax.Array, carry: Any) -> Any:
+            tokens_bt, target_cache, draft_cache = carry
+            output = draft(tokens_bt[:, :2], draft_cache.with_length(length_b))
+            for _offset in range(1, config.gamma):
+                # The cheapest token that depends on the logits: no forward can start before the one before it.
+                output = draft((output.logits[:, -1:, 0] > 0).astype(jnp.int32), output.cache)
+            last_b1 = (output.logits[:, -1:, 0] > 0).astype(jnp.int32)
+            window_bt = jnp.concatenate((last_b1, tokens_bt[:, 1:]), axis=1)
+            scored = target(window_bt, target_cache.with_length(length_b))
+            return (scored.logits[:, :, 0] > 0).astype(jnp.int32), scored.cache, output.cache
+
+        return jax.lax.fori_loop(0, rounds, once, (tokens_bt, target_cache, draft_cache))[0]
+
+    def call(_: int) -> Any:
+        tokens_bt = jnp.zeros((batch, config.gamma + 1), jnp.int32)
+        return run(target, draft, tokens_bt, target.init_cache(batch, size), draft.init_cache(batch, size))
+
+    return call, rounds
+
+
+def _memory(config: Config, target: Any, drafter: Any, batch: int) -> dict[str, float]:
+    """Bytes of the compiled decoding program, and of the weights and caches it cannot do without."""
+    prompt = _prompt(config, batch)
+    padded = checks.bucket(prompt.shape[1])
+    size = checks.bucket(padded + config.max_new_tokens + drafter.gamma + 1)
+    request = loop.Request(
+        key=jax.random.key(0),
+        row_ids_b=jnp.arange(batch, dtype=jnp.uint32),
+        sampling=SAMPLING.checked(),
+        lenience=jnp.float32(1),
+        eos_id=jnp.int32(-1),
+        pad_id=jnp.int32(0),
+        max_new_tokens=jnp.int32(config.max_new_tokens),
+        verification=spec_jax.Verification.REJECTION if drafter.gamma else spec_jax.Verification.COUPLED,
+    )
+    length_b = np.full((batch,), prompt.shape[1], np.int32)
+    start = time.perf_counter()
+    compiled = decoding.compiled_decode.lower(
+        target, drafter, prompt, length_b, request, size=size, width=checks.bucket(config.max_new_tokens)
+    ).compile()
+    compile_seconds = time.perf_counter() - start
+    used: Any = compiled.memory_analysis()
+    models = [target] + ([drafter.draft] if drafter.gamma else [])
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(models))
+    caches = sum(leaf.nbytes for model in models for leaf in jax.tree.leaves(model.init_cache(batch, size)))
+    peak = used.argument_size_in_bytes + used.temp_size_in_bytes + used.output_size_in_bytes
+    return {
+        "weights_bytes": weights,
+        "cache_bytes": caches,
+        "peak_bytes": peak,
+        "compile_seconds": compile_seconds,
+        "peak_over_weights_and_caches": peak / (weights + caches),
+    }
+
+
+def _times(seconds: dict[str, list[float]], tokens: int) -> dict[str, Any]:
+    """Milliseconds per token by name, and each way's time over ours, repeat by repeat."""
+    ours = np.asarray(seconds["spec_jax"])
+    return {
+        "milliseconds_min": {name: min(times) * 1e3 / tokens for name, times in seconds.items()},
+        "milliseconds_median": {name: float(np.median(times)) * 1e3 / tokens for name, times in seconds.items()},
+        "times_ours_median": {name: float(np.median(np.asarray(times) / ours)) for name, times in seconds.items()},
+        "times_ours_of_minima": {name: min(times) / min(ours) for name, times in seconds.items()},
+    }
+
+
+def _machine() -> dict[str, Any]:
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind,
+        "backend": jax.default_backend(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+    }
+
+
+def _print(console: Console, report: dict[str, Any]) -> None:
+    console.print(report["machine"])
+    console.print(f"memory is read at {report['memory_gigabytes_per_second']:.1f} GB/s")
+    table = Table("decoding", "batch", "ms/token min", "median", "time / ours (median)")
+    rows = [("plain", row["batch"], row) for row in report["plain"]] + [("speculative", 1, report["speculative"])]
+    for kind, batch, row in rows:
+        for name, best in row["milliseconds_min"].items():
+            cells = best, row["milliseconds_median"][name], row["times_ours_median"][name]
+            table.add_row(f"{kind}: {name}", str(batch), *(f"{cell:.2f}" for cell in cells))
+    console.print(table)
+    for row in report["plain"]:
+        console.print(
+            f"batch {row['batch']}: {row['times_floor']:.2f} × the time to read weights and cache once "
+            f"({row['floor_milliseconds']:.2f} ms); {_memory_line(row['memory'])}"
+        )
+    row = report["speculative"]
+    console.print(
+        f"speculative, gamma {row['gamma']}: speed-up {row['speedup']:.2f}, the formula says "
+        f"{row['predicted_speedup']:.2f} (acceptance {row['acceptance_rate']:.3f}, draft cost "
+        f"{row['draft_cost']:.3f}, scoring cost {row['scoring_cost']:.2f}): {row['speedup_over_predicted']:.2f} of it; "
+        f"outside the models {row['overhead_outside_models']:.1%} (medians "
+        f"{row['overhead_outside_models_median']:.1%}); {_memory_line(row['memory'])}"
+    )
+
+
+def _memory_line(memory: dict[str, float]) -> str:
+    return (
+        f"peak memory {memory['peak_over_weights_and_caches']:.2f} × weights and caches; "
+        f"compiled in {memory['compile_seconds']:.1f} s"
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
