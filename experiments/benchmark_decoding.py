@@ -8,7 +8,6 @@ Every ratio is of two things timed in turn in this one process. PyTorch's part n
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib.util
 import json
 import os
@@ -146,13 +145,14 @@ def _speculative(config: Config, target: Any, draft: Any, with_torch: bool) -> d
     if with_torch:
         models = torch_reference.original_decoder(target), torch_reference.original_decoder(draft)
         calls["original"] = torch_reference.original_speculative(*models, prompt, gamma=config.gamma, **shared)
-    models_call, rounds = _models_only(config, target, drafter, prompt)
-    calls["models only"] = models_call
+    rounds = [int(calls["spec_jax"](repeat).rounds[0]) for repeat in range(config.repeats)]
+    models_only = _models_only(config, target, drafter, prompt)
+    calls["models only"] = lambda repeat: models_only(rounds[repeat])
     seconds, results = alternate(calls, repeats=config.repeats)
 
     rates = [float(result.acceptance_rate) for result in results["spec_jax"]]
-    round_seconds = [s / int(r.rounds[0]) for s, r in zip(seconds["spec_jax"], results["spec_jax"], strict=True)]
-    model_seconds = [s / rounds for s in seconds.pop("models only")]
+    # Repeat by repeat: the same rounds with and without everything outside the models.
+    outside = 1 - np.asarray(seconds.pop("models only")) / np.asarray(seconds["spec_jax"])
     draft_cost, scoring_cost = measure_costs(
         target, {"draft": drafter}, prompt, max_new_tokens=config.max_new_tokens, sampling=SAMPLING
     )["draft"]
@@ -167,8 +167,8 @@ def _speculative(config: Config, target: Any, draft: Any, with_torch: bool) -> d
         "speedup": speedup,
         "predicted_speedup": predicted,
         "speedup_over_predicted": speedup / predicted,
-        "overhead_outside_models": 1 - min(model_seconds) / min(round_seconds),
-        "overhead_outside_models_median": 1 - float(np.median(model_seconds) / np.median(round_seconds)),
+        "overhead_outside_models": float(np.median(outside)),
+        "overhead_outside_models_by_repeat": outside.tolist(),
         "memory": _memory(config, target, drafter, 1),
     }
     if with_torch:
@@ -176,17 +176,15 @@ def _speculative(config: Config, target: Any, draft: Any, with_torch: bool) -> d
     return row
 
 
-def _models_only(
-    config: Config, target: Any, drafter: spec_jax.SmallModel, prompt: np.ndarray, rounds: int = 50
-) -> tuple[Callable[[int], Any], int]:
-    """Rounds of nothing but the forwards of a speculative round, at its cache sizes; and how many rounds a call has."""
-    size = checks.bucket(checks.bucket(prompt.shape[1]) + config.max_new_tokens + config.gamma + 1)
-    batch, draft = prompt.shape[0], drafter.draft
+def _models_only(config: Config, target: Any, drafter: spec_jax.SmallModel, prompt: np.ndarray) -> Callable[[int], Any]:
+    """Nothing but the forwards of a speculative decode at its cache sizes: prefill, then so many rounds."""
+    width = checks.bucket(prompt.shape[1])
+    size = checks.bucket(width + config.max_new_tokens + config.gamma + 1)
     # Half the output on average: masked slots cost what live ones do, so the exact length does not matter.
-    length_b = jnp.full((batch,), prompt.shape[1] + config.max_new_tokens // 2, jnp.int32)
+    length_b = jnp.full((prompt.shape[0],), prompt.shape[1] + config.max_new_tokens // 2, jnp.int32)
 
-    @functools.partial(jax.jit, donate_argnums=(3, 4))
-    def run(target: Any, draft: Any, tokens_bt: jax.Array, target_cache: Any, draft_cache: Any) -> Any:
+    @jax.jit
+    def run(target: Any, draft: Any, prompt_bp: jax.Array, rounds: jax.Array) -> Any:
         def once(_: jax.Array, carry: Any) -> Any:
             tokens_bt, target_cache, draft_cache = carry
             output = draft(tokens_bt[:, :2], draft_cache.with_length(length_b))
@@ -198,13 +196,12 @@ def _models_only(
             scored = target(window_bt, target_cache.with_length(length_b))
             return (scored.logits[:, :, 0] > 0).astype(jnp.int32), scored.cache, output.cache
 
-        return jax.lax.fori_loop(0, rounds, once, (tokens_bt, target_cache, draft_cache))[0]
+        caches = (model(prompt_bp, model.init_cache(*prompt_bp.shape)).cache.resized(size) for model in (target, draft))
+        tokens_bt = prompt_bp[:, : config.gamma + 1]
+        return jax.lax.fori_loop(0, rounds, once, (tokens_bt, *caches))[0]
 
-    def call(_: int) -> Any:
-        tokens_bt = jnp.zeros((batch, config.gamma + 1), jnp.int32)
-        return run(target, draft, tokens_bt, target.init_cache(batch, size), draft.init_cache(batch, size))
-
-    return call, rounds
+    prompt_bp = jnp.pad(jnp.asarray(prompt), ((0, 0), (0, width - prompt.shape[1])))
+    return lambda rounds: run(target, drafter.draft, prompt_bp, jnp.int32(rounds))
 
 
 def _memory(config: Config, target: Any, drafter: Any, batch: int) -> dict[str, float]:
@@ -285,8 +282,7 @@ def _print(console: Console, report: dict[str, Any]) -> None:
         f"speculative, gamma {row['gamma']}: speed-up {row['speedup']:.2f}, the formula says "
         f"{row['predicted_speedup']:.2f} (acceptance {row['acceptance_rate']:.3f}, draft cost "
         f"{row['draft_cost']:.3f}, scoring cost {row['scoring_cost']:.2f}): {row['speedup_over_predicted']:.2f} of it; "
-        f"outside the models {row['overhead_outside_models']:.1%} (medians "
-        f"{row['overhead_outside_models_median']:.1%}); {_memory_line(row['memory'])}"
+        f"outside the models {row['overhead_outside_models']:.1%}; {_memory_line(row['memory'])}"
     )
 
 

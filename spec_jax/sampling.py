@@ -97,17 +97,31 @@ def keep_top_k(scores: jax.Array, top_k: int | float) -> jax.Array:
     """−inf below the k-th largest score, with k counted or a fraction as in `Sampling.top_k`."""
     vocab_size = scores.shape[-1]
     count = min(top_k, vocab_size) if isinstance(top_k, int) else math.ceil((1 - top_k) * vocab_size)
-    smallest_kept = jax.lax.top_k(scores, count)[0][..., -1:]
+    smallest_kept = sort_descending(scores)[..., count - 1 : count]
     return jnp.where(scores < smallest_kept, -jnp.inf, scores)
 
 
 def keep_top_p(scores: jax.Array, top_p: Scalar) -> jax.Array:
     """−inf outside the smallest set of most probable tokens whose mass reaches top_p."""
-    descending = jnp.sort(scores, axis=-1, descending=True)
+    descending = sort_descending(scores)
     probs = jax.nn.softmax(descending, axis=-1)
     mass_before = jnp.cumsum(probs, axis=-1) - probs
     smallest_kept = jnp.min(jnp.where(mass_before < top_p, descending, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(scores < smallest_kept, -jnp.inf, scores)
+
+
+def sort_descending(scores: jax.Array) -> jax.Array:
+    """(..., V) float32 sorted along the last axis, the largest first.
+
+    Sorted as integers, whose order is that of the floats once the sign is taken care of: XLA sorts floats with a
+    comparison function of its own on a CPU, five times as slow (25 µs, not 5, for 256 tokens).
+    """
+    bits = jax.lax.bitcast_convert_type(scores, jnp.int32)
+    ascending = jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
+    ascending = ~jnp.sort(~ascending, axis=-1)
+    return jax.lax.bitcast_convert_type(
+        jnp.where(ascending < 0, ascending ^ jnp.int32(0x7FFFFFFF), ascending), jnp.float32
+    )
 
 
 def draw(log_probs: jax.Array, gumbel: jax.Array) -> jax.Array:
