@@ -77,33 +77,39 @@ def checked_row_ids(row_ids: ArrayLike | None, batch: int) -> jax.Array:
     if row_ids is None:
         return jnp.arange(batch, dtype=jnp.uint32)
     ids_b = np.asarray(row_ids)
-    if ids_b.shape != (batch,) or not np.issubdtype(ids_b.dtype, np.integer) or (ids_b.size and ids_b.min() < 0):
+    integers = ids_b.shape == (batch,) and np.issubdtype(ids_b.dtype, np.integer)
+    if not integers or ids_b.min() < 0 or ids_b.max() >= 2**32:
         raise ValueError(f"row_ids must be ({batch},) integers >= 0, got {ids_b.shape} {ids_b.dtype}: {ids_b}")
     return jnp.asarray(ids_b, jnp.uint32)
 
 
 def checked_key(key: jax.Array) -> jax.Array:
-    """The random key.
+    """The random key, as one of the generator that the noise needs.
+
+    Keys of the other generators are turned into one of "threefry2x32": under `vmap` those draw for a whole batch from
+    its first row's key, so that a row's noise would depend on the rows beside it.
 
     Raises:
       ValueError: not one key.
     """
-    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    if typed and key.shape == ():
+    if isinstance(key, jax.Array) and not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        legacy = key.ndim == 1 and key.dtype == jnp.uint32
+        key = jax.random.wrap_key_data(key) if legacy else key
+    if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()):
+        got = f"{key.shape} {key.dtype}" if hasattr(key, "shape") else repr(key)
+        raise ValueError(f"key must be one key, as jax.random.key(seed) gives, got {got}")
+    if str(jax.random.key_impl(key)) == "threefry2x32":
         return key
-    if not typed and getattr(key, "shape", None) == (2,) and getattr(key, "dtype", None) == jnp.uint32:
-        return jax.random.wrap_key_data(jnp.asarray(key))
-    got = f"{key.shape} {key.dtype}" if hasattr(key, "shape") else repr(key)
-    raise ValueError(f"key must be one key, as jax.random.key(seed) gives, got {got}")
+    return jax.random.wrap_key_data(jax.random.bits(key, (2,), jnp.uint32), impl="threefry2x32")
 
 
 def checked_token(name: str, token: int, vocab_size: int) -> jax.Array:
     """() int32 token.
 
     Raises:
-      ValueError: outside the vocabulary.
+      ValueError: not an integer, or outside the vocabulary.
     """
-    if not 0 <= token < vocab_size:
+    if isinstance(token, bool) or not isinstance(token, int | np.integer) or not 0 <= token < vocab_size:
         raise ValueError(f"{name} must be a token in [0, {vocab_size}), got {token}")
     return jnp.int32(token)
 

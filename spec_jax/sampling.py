@@ -12,6 +12,7 @@ from flax import struct
 from jax.core import Tracer
 
 Scalar = float | jax.Array | np.ndarray
+_FLOAT32 = jnp.finfo(jnp.float32)
 
 
 @struct.dataclass
@@ -41,7 +42,7 @@ class Sampling:
         Raises:
           ValueError: a value outside its range.
         """
-        _require("temperature", self.temperature, lambda x: 0 <= x < math.inf, "a finite number >= 0")
+        _require("temperature", self.temperature, lambda x: 0 <= x <= float(_FLOAT32.max), "a finite number >= 0")
         _require("top_p", self.top_p, lambda x: 0 < x <= 1, "in (0, 1]")
         _require("min_p", self.min_p, lambda x: 0 <= x <= 1, "in [0, 1]")
         if isinstance(self.top_k, bool) or not isinstance(self.top_k, int | float | None):
@@ -80,8 +81,11 @@ def filtered_log_probs(logits: jax.Array, sampling: Sampling) -> jax.Array:
     """
     logits = logits.astype(jnp.float32)
     greedy = jnp.asarray(sampling.temperature) == 0
-    # Subtracting first keeps the largest at exactly 0, so that a tiny temperature cannot overflow.
-    scores = (logits - logits.max(-1, keepdims=True)) / jnp.where(greedy, 1.0, sampling.temperature)
+    # Subtracting first keeps the largest at exactly 0, so that a tiny temperature cannot overflow; and a token that
+    # is impossible stays so, where a huge one makes the division a product of −inf and 0.
+    distance = logits - logits.max(-1, keepdims=True)
+    scaled = distance / jnp.where(greedy, 1.0, sampling.temperature)
+    scores = jnp.where(distance == -jnp.inf, -jnp.inf, scaled)
     if sampling.top_k is not None:
         scores = keep_top_k(scores, sampling.top_k)
     # A conditional, because sorting the vocabulary costs more than everything else here and 1 is the default.
@@ -106,6 +110,8 @@ def keep_top_p(scores: jax.Array, top_p: Scalar) -> jax.Array:
     descending = sort_descending(scores)
     probs = jax.nn.softmax(descending, axis=-1)
     mass_before = jnp.cumsum(probs, axis=-1) - probs
+    # Numbers below the smallest normal one count as 0 on most devices, and 0 would keep nothing.
+    top_p = jnp.maximum(top_p, _FLOAT32.tiny)
     smallest_kept = jnp.min(jnp.where(mass_before < top_p, descending, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(scores < smallest_kept, -jnp.inf, scores)
 

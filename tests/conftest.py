@@ -11,5 +11,7 @@ import jax
 CACHE = pathlib.Path(__file__).parent.parent / ".cache" / "jax"
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# On a GPU, float32 products are computed in TF32 by default, which tests of float32 equality are not about.
+jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -1,0 +1,148 @@
+"""Bad input is refused before any compute, by a ValueError that names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spec_jax import Sampling, SmallModel, base_decoding, speculative_decoding, stream
+from spec_jax import decoding as decoding_module
+from tests.spec.toys import random_toy
+
+TARGET, DRAFT = random_toy(0, 4), random_toy(1, 4)
+PROMPT = [[1, 2, 3], [0, 3, 1]]
+NAN, INF = float("nan"), float("inf")
+
+
+def sampled(**values: Any) -> dict[str, Any]:
+    return {"sampling": Sampling(**values)}
+
+
+# What is wrong, and the message that comes.
+OF_EVERY_DECODING: list[tuple[dict[str, Any], str]] = [
+    ({"prompt": np.zeros((0, 3), int)}, "prompt must have at least one row and one token, got shape (0, 3)"),
+    ({"prompt": np.zeros((2, 0), int)}, "prompt must have at least one row and one token, got shape (2, 0)"),
+    ({"prompt": [1, 2, 3]}, "prompt must be (B, T) integers, got (3,) int64"),
+    ({"prompt": np.zeros((1, 2, 3), int)}, "prompt must be (B, T) integers, got (1, 2, 3) int64"),
+    ({"prompt": [[0.5, 1.0]]}, "prompt must be (B, T) integers, got (1, 2) float64"),
+    ({"prompt": [[True, False]]}, "prompt must be (B, T) integers, got (1, 2) bool"),
+    ({"prompt": [[1, 2], [1, 4]]}, "prompt must hold tokens in [0, 4), got 4 at row 1, position 1"),
+    ({"prompt": [[1, -1]]}, "prompt must hold tokens in [0, 4), got -1 at row 0, position 1"),
+    ({"prompt": jnp.full((1, 2), 200, jnp.uint8)}, "prompt must hold tokens in [0, 4), got 200 at row 0, position 0"),
+    ({"prompt_length": [0, 3]}, "prompt_length must be in [1, 3], got 0 to 3"),
+    ({"prompt_length": [1, 4]}, "prompt_length must be in [1, 3], got 1 to 4"),
+    ({"prompt_length": [1, 2, 3]}, "prompt_length must be (2,) integers, got (3,) int64"),
+    ({"prompt_length": 3}, "prompt_length must be (2,) integers, got () int64"),
+    ({"prompt_length": [1.0, 2.0]}, "prompt_length must be (2,) integers, got (2,) float64"),
+    ({"max_new_tokens": -1}, "max_new_tokens must be an integer >= 0, got -1"),
+    ({"max_new_tokens": 1.5}, "max_new_tokens must be an integer >= 0, got 1.5"),
+    ({"max_new_tokens": True}, "max_new_tokens must be an integer >= 0, got True"),
+    ({"cache_size": 5}, "cache_size must be at least"),
+    (
+        {"key": jax.random.split(jax.random.key(0))},
+        "key must be one key, as jax.random.key(seed) gives, got (2,) key<fry>",
+    ),
+    ({"key": 7}, "key must be one key, as jax.random.key(seed) gives, got 7"),
+    ({"key": None}, "key must be one key, as jax.random.key(seed) gives, got None"),
+    ({"key": jnp.zeros(2)}, "key must be one key, as jax.random.key(seed) gives, got (2,) float32"),
+    ({"row_ids": [1]}, "row_ids must be (2,) integers >= 0, got (1,) int64"),
+    ({"row_ids": [0, -1]}, "row_ids must be (2,) integers >= 0, got (2,) int64: [ 0 -1]"),
+    ({"row_ids": [0.0, 1.0]}, "row_ids must be (2,) integers >= 0, got (2,) float64"),
+    ({"row_ids": [0, 2**32]}, "row_ids must be (2,) integers"),  # It would have the noise of row 0.
+    ({"eos_id": 1.5}, "eos_id must be a token in [0, 4), got 1.5"),
+    ({"eos_id": 4}, "eos_id must be a token in [0, 4), got 4"),
+    ({"eos_id": -1}, "eos_id must be a token in [0, 4), got -1"),
+    (sampled(temperature=-0.1), "temperature must be a finite number >= 0, got -0.1"),
+    (sampled(temperature=NAN), "temperature must be a finite number >= 0, got nan"),
+    (sampled(temperature=INF), "temperature must be a finite number >= 0, got inf"),
+    (sampled(temperature=1e39), "temperature must be a finite number >= 0, got 1e+39"),  # Not finite in float32.
+    (sampled(temperature=np.ones(2)), "temperature must be a finite number >= 0, got [1. 1.]"),
+    (sampled(temperature=jnp.float32(-1)), "temperature must be a finite number >= 0, got -1.0"),
+    (sampled(top_k=0), "top_k must be at least 1, got 0"),
+    (sampled(top_k=-3), "top_k must be at least 1, got -3"),
+    (sampled(top_k=1.0), "top_k as a fraction must be in [0, 1), got 1.0"),
+    (sampled(top_k=NAN), "top_k as a fraction must be in [0, 1), got nan"),
+    (sampled(top_k=True), "top_k must be an integer count, a float fraction or None, got True"),
+    (sampled(top_k="5"), "top_k must be an integer count, a float fraction or None, got '5'"),
+    (sampled(top_p=0), "top_p must be in (0, 1], got 0"),
+    (sampled(top_p=1.5), "top_p must be in (0, 1], got 1.5"),
+    (sampled(top_p=NAN), "top_p must be in (0, 1], got nan"),
+    (sampled(min_p=-0.1), "min_p must be in [0, 1], got -0.1"),
+    (sampled(min_p=1.1), "min_p must be in [0, 1], got 1.1"),
+    (sampled(min_p=NAN), "min_p must be in [0, 1], got nan"),
+]
+OF_SPECULATIVE_DECODING: list[tuple[dict[str, Any], str]] = [
+    ({"drafter": SmallModel(DRAFT, gamma=-1)}, "gamma must be an integer >= 0, got -1"),
+    ({"drafter": SmallModel(DRAFT, gamma=2.5)}, "gamma must be an integer >= 0, got 2.5"),  # pyright: ignore
+    (
+        {"drafter": SmallModel(random_toy(1, 3))},
+        "drafter must have the target's vocabulary of 4 tokens, got 3",
+    ),
+    ({"verification": "accept"}, "verification must be one of 'rejection', 'block', 'coupled', got 'accept'"),
+    ({"verification": None}, "verification must be one of 'rejection', 'block', 'coupled', got None"),
+    ({"lenience": 0.0}, "lenience must be in (0, 1], got 0.0"),
+    ({"lenience": 1.5}, "lenience must be in (0, 1], got 1.5"),
+    ({"lenience": NAN}, "lenience must be in (0, 1], got nan"),
+    (
+        {"lenience": 0.5, "verification": "block"},
+        "lenience must be 1 for verification 'block': only 'rejection' has it; got 0.5",
+    ),
+    ({"lenience": 0.5, "verification": "coupled"}, "lenience must be 1 for verification 'coupled'"),
+    (
+        {"cache_size": 14},
+        "cache_size must be at least 15 (prompt 3 + max_new_tokens 6 + gamma 5 + 1), got 14",
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def nothing_computes(monkeypatch: pytest.MonkeyPatch):
+    """Reaching a compiled entry is a failure of its own."""
+
+    def reached(*arguments: Any, **others: Any) -> None:
+        raise AssertionError("bad input reached the compiled call")
+
+    for name in ("compiled_decode", "compiled_start", "compiled_round"):
+        monkeypatch.setattr(decoding_module, name, reached)
+
+
+def good(**changed: Any) -> dict[str, Any]:
+    return {"prompt": PROMPT, "max_new_tokens": 6, "key": jax.random.key(0)} | changed
+
+
+def test_good_input_reaches_the_compiled_call():
+    """The arguments that the tables change are themselves right."""
+    for decode in (
+        lambda: base_decoding(TARGET, **good()),
+        lambda: speculative_decoding(TARGET, **good(drafter=SmallModel(DRAFT))),
+        lambda: next(stream(TARGET, **good(drafter=SmallModel(DRAFT)))),
+    ):
+        with pytest.raises(AssertionError, match="reached the compiled call"):
+            decode()
+
+
+@pytest.mark.parametrize(("changed", "message"), OF_EVERY_DECODING, ids=[message for _, message in OF_EVERY_DECODING])
+def test_every_decoding(changed: dict[str, Any], message: str):
+    """Streams check when they are made, not when they are read."""
+    match = re.escape(message)
+    with pytest.raises(ValueError, match=match):
+        base_decoding(TARGET, **good(**changed))
+    for decode in (speculative_decoding, stream):
+        with pytest.raises(ValueError, match=match):
+            decode(TARGET, **good(drafter=SmallModel(DRAFT), **changed))
+    with pytest.raises(ValueError, match=match):
+        stream(TARGET, None, **good(**changed))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"), OF_SPECULATIVE_DECODING, ids=[message for _, message in OF_SPECULATIVE_DECODING]
+)
+@pytest.mark.parametrize("decode", [speculative_decoding, stream])
+def test_speculative_decoding(decode, changed: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        decode(TARGET, **good(**({"drafter": SmallModel(DRAFT)} | changed)))

@@ -1,0 +1,142 @@
+"""Edge cases that must simply work, on toys whose output is known beforehand."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from spec_jax import DecodeResult, Sampling, SmallModel, base_decoding, speculative_decoding
+from tests.spec.toys import Toy, avoiding_toy, deterministic_toy, random_toy
+from tests.spec.transformers import ragged_prompts
+
+CYCLE = deterministic_toy([1, 2, 3, 0])
+TARGET, DRAFT = random_toy(4, 4, zeros=0.1), random_toy(5, 4, zeros=0.1)
+RULES = ["rejection", "block", "coupled"]
+KEY = jax.random.key(1)
+
+
+def decode(rule: str, target: Toy, draft: Toy, prompt, *, gamma: int = 3, new: int = 10, **others) -> DecodeResult:
+    return speculative_decoding(
+        target,
+        SmallModel(draft, gamma=gamma),
+        prompt,
+        max_new_tokens=new,
+        key=KEY,
+        pad_id=-1,
+        verification=rule,
+        **others,
+    )
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_gamma_zero_drafts_nothing(rule: str):
+    """One token a round, whatever the rule; coupled is then plain decoding."""
+    prompts, lengths = ragged_prompts(3, 8, 6, 4)
+    result = decode(rule, TARGET, DRAFT, prompts, gamma=0, prompt_length=lengths)
+    assert result.rounds.tolist() == result.lengths.tolist() == [10] * 8
+    assert result.drafted.tolist() == result.accepted.tolist() == [0] * 8
+    assert result.stats.drafted_bj.shape == (8, 0)
+    assert float(result.block_efficiency) == 1
+    if rule == "coupled":
+        plain = base_decoding(TARGET, prompts, max_new_tokens=10, key=KEY, pad_id=-1, prompt_length=lengths)
+        np.testing.assert_array_equal(result.tokens, plain.tokens)
+
+
+def test_no_new_tokens():
+    result = decode("rejection", TARGET, DRAFT, [[1, 2], [3, 0]], new=0)
+    assert result.tokens.shape == (2, 0)
+    assert result.lengths.tolist() == result.rounds.tolist() == result.drafted.tolist() == [0, 0]
+    assert base_decoding(TARGET, np.ones((1, 2), int), max_new_tokens=0, key=KEY).tokens.shape == (1, 0)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_one_new_token(rule: str):
+    """One round; of the draft only the one token counts that the output could take."""
+    result = decode(rule, CYCLE, CYCLE, np.arange(8)[:, None] % 4, new=1)
+    assert result.tokens.tolist() == [[1], [2], [3], [0]] * 2
+    assert result.rounds.tolist() == result.drafted.tolist() == result.accepted.tolist() == [1] * 8
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("batch", [1, 64])
+def test_prompts_of_one_token(rule: str, batch: int):
+    prompt = np.arange(batch)[:, None] % 4
+    expected = (prompt + np.arange(1, 11)) % 4
+    for draft in (CYCLE, DRAFT):
+        result = decode(rule, CYCLE, draft, prompt)
+        np.testing.assert_array_equal(result.tokens, expected)
+        assert result.lengths.tolist() == [10] * batch
+        # What lies behind a prompt of one token is never read, whatever it is.
+        padded = np.concatenate((prompt, np.full((batch, 3), 2)), axis=1)
+        longer = decode(rule, CYCLE, draft, padded, prompt_length=np.ones(batch, int))
+        np.testing.assert_array_equal(longer.tokens, expected)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_padding_of_the_prompt_is_not_read(rule: str):
+    prompts, lengths = ragged_prompts(3, 8, 6, 4)
+    padding = np.arange(6) >= lengths[:, None]
+    results = [
+        decode(rule, TARGET, DRAFT, np.where(padding, fill, prompts), prompt_length=lengths)
+        for fill in (0, 3, -7, 1_000_000)
+    ]
+    for result in results[1:]:
+        np.testing.assert_array_equal(result.tokens, results[0].tokens)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    ("prompt", "eos_id", "output"),
+    [
+        (1, 2, [2]),  # the first token
+        (3, 1, [0, 1]),  # inside the first drafted run
+        (3, 2, [0, 1, 2]),  # its last token
+        (3, 3, [0, 1, 2, 3]),  # the bonus behind it
+        (0, 0, [1, 2, 3, 0]),  # the bonus; the same token in the prompt ends nothing
+    ],
+)
+def test_end_token(rule: str, prompt: int, eos_id: int, output: list[int]):
+    """The end token is the last one of the output, padded behind; identical draft, gamma 3."""
+    result = decode(rule, CYCLE, CYCLE, [[prompt]], eos_id=eos_id)
+    assert result.tokens.tolist() == [output + [-1] * (10 - len(output))]
+    assert result.lengths.tolist() == [len(output)]
+    assert result.rounds.tolist() == [1]
+    assert result.accepted.tolist() == result.drafted.tolist() == [min(len(output), 3)]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_end_token_in_the_last_place_and_never(rule: str):
+    """At the 10th of 10 places the end token changes nothing; a token that never comes neither."""
+    assert decode(rule, CYCLE, CYCLE, [[0]], eos_id=2).lengths.tolist() == [2]
+    never = deterministic_toy([1, 2, 0, 3])
+    expected = [[1, 2, 0, 1, 2, 0, 1, 2, 0, 1]]
+    for eos_id in (None, 3):
+        result = decode(rule, never, never, [[0]], eos_id=eos_id)
+        assert result.tokens.tolist() == expected
+        assert result.lengths.tolist() == [10]
+    last = deterministic_toy([1, 1, 3, 3])
+    result = decode(rule, last, last, [[0]], eos_id=2)
+    assert result.tokens.tolist() == [[1] * 10]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_draft_that_never_proposes_the_only_possible_token(rule: str):
+    """Each round refuses its first token and the residual is the target's only token."""
+    draft = avoiding_toy([1, 2, 3, 0])
+    prompt = np.arange(8)[:, None] % 4
+    result = decode(rule, CYCLE, draft, prompt)
+    np.testing.assert_array_equal(result.tokens, (prompt + np.arange(1, 11)) % 4)
+    assert result.accepted.tolist() == [0] * 8
+    assert result.rounds.tolist() == result.stats.refused_b.tolist() == [10] * 8
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_identical_draft_is_accepted(rule: str):
+    """A looked-up p / q is exactly 1: 64 rows, filters included, and no refusal."""
+    prompts, lengths = ragged_prompts(4, 64, 6, 4)
+    for sampling in (Sampling(), Sampling(temperature=0.6, top_p=0.9, min_p=0.05)):
+        result = decode(rule, TARGET, TARGET, prompts, prompt_length=lengths, sampling=sampling)
+        assert int(result.stats.refused_b.sum()) == 0
+        assert result.rounds.tolist() == [3] * 64
+        assert result.accepted.tolist() == result.drafted.tolist() == [3 + 3 + 2] * 64

@@ -1,0 +1,109 @@
+"""The original's weights: logits, loss, every gradient, greedy continuation and top-k filter agree to 2e-5."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spec_jax import Decoder, Sampling, base_decoding
+from spec_jax.interop import decoder_from_torch, torch_names
+from spec_jax.losses import next_token_loss
+from spec_jax.sampling import filtered_log_probs, keep_top_k
+
+DATA = pathlib.Path(__file__).parent.parent / "data"
+
+
+def load(name: str) -> dict[str, np.ndarray]:
+    with np.load(DATA / f"{name}.npz") as arrays:
+        return dict(arrays)
+
+
+CASE = load("spec_decoder")
+ARGUMENTS: dict[str, Any] = json.loads((DATA / "spec_decoder.json").read_text())["args"]
+STATE = {name.removeprefix("param/"): value for name, value in CASE.items() if name.startswith("param/")}
+
+
+def original() -> Decoder:
+    return decoder_from_torch(STATE, **ARGUMENTS)
+
+
+def test_logits():
+    np.testing.assert_allclose(original()(jnp.asarray(CASE["tokens"])).logits, CASE["logits"], atol=2e-5, rtol=0)
+
+
+def test_loss_and_every_gradient():
+    tokens = jnp.asarray(CASE["tokens"])
+
+    def loss(decoder: Decoder) -> jax.Array:
+        return next_token_loss(decoder(tokens[:, :-1]).logits, tokens[:, 1:])
+
+    value, gradients = jax.jit(jax.value_and_grad(loss))(original())
+    np.testing.assert_allclose(value, CASE["loss"], atol=2e-5, rtol=0)
+    names = torch_names(original().config)
+    compared = set()
+    for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
+        name = names[jax.tree_util.keystr(path).removesuffix(".value")]
+        expected = CASE[f"grad/{name}"]
+        expected = expected.T if jax.tree_util.keystr(path).removesuffix(".value").endswith(".kernel") else expected
+        assert np.abs(expected).max() > 2e-4, f"{name}: too small a gradient to prove anything at 2e-5"
+        np.testing.assert_allclose(gradient, expected, atol=2e-5, rtol=0, err_msg=name)
+        compared.add(f"grad/{name}")
+    assert compared == {name for name in CASE if name.startswith("grad/")}
+
+
+def test_greedy_continuation():
+    expected = CASE["greedy_from_8"]
+    result = base_decoding(
+        original(),
+        CASE["tokens"][:, :8],
+        max_new_tokens=expected.shape[1],
+        key=jax.random.key(0),
+        sampling=Sampling(temperature=0.0),
+    )
+    np.testing.assert_array_equal(result.tokens, expected)
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.9, 0.99])
+def test_top_k_by_fraction(fraction: float):
+    case = load("spec_top_k")
+    expected = case[f"top_k_{fraction}"]
+    np.testing.assert_array_equal(keep_top_k(jnp.asarray(case["logits"]), fraction), expected)
+    log_probs = filtered_log_probs(jnp.asarray(case["logits"]), Sampling(top_k=fraction).checked())
+    np.testing.assert_allclose(log_probs, jax.nn.log_softmax(expected, axis=-1), atol=2e-5, rtol=0)
+
+
+def without(name: str) -> dict[str, np.ndarray]:
+    return {key: value for key, value in STATE.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("state", "arguments", "message"),
+    [
+        (without("to_logits.1.weight"), {}, r"state_dict .* missing \['to_logits.1.weight'\], left over \[\]"),
+        (STATE | {"extra": np.zeros(1)}, {}, r"state_dict .* missing \[\], left over \['extra'\]"),
+        (
+            STATE | {"layers.1.0.to_out.weight": np.zeros((64, 63))},
+            {},
+            r"state_dict\['layers.1.0.to_out.weight'\] must have shape \(64, 64\), got \(63, 64\)",
+        ),
+        (STATE, {"depth": 2}, r"missing \[\], left over \['layers.2.0.norm.weight'"),
+        (STATE, {"depth": 4}, r"missing \['layers.3.0.norm.weight'"),
+        (STATE, {"num_tokens": 51}, r"state_dict\['token_emb.weight'\] must have shape \(51, 64\), got \(50, 64\)"),
+        (STATE, {"vocab_size": 50}, r"constructor_args must be among \[.*'num_tokens'\], got \['vocab_size'\]"),
+    ],
+)
+def test_bad_weights(state: dict, arguments: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        decoder_from_torch(state, **(ARGUMENTS | arguments))
+
+
+def test_rotary_frequencies_may_be_missing():
+    """They are recomputed, not loaded."""
+    decoder = decoder_from_torch(without("rotary_emb.inv_freq"), **ARGUMENTS)
+    np.testing.assert_allclose(decoder(jnp.asarray(CASE["tokens"])).logits, CASE["logits"], atol=2e-5, rtol=0)

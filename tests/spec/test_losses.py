@@ -1,0 +1,84 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spec_jax.losses import bits_per_byte, next_token_loss
+
+
+def case(seed=0, batch=3, tokens=5, vocab=7):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(batch, tokens, vocab)).astype(np.float32), rng.integers(0, vocab, (batch, tokens))
+
+
+def reference(logits_btv, tokens_bt):
+    logits_btv = logits_btv.astype(np.float64)
+    log_probs = logits_btv - np.log(np.exp(logits_btv).sum(-1, keepdims=True))
+    return -np.take_along_axis(log_probs, tokens_bt[..., None], -1)[..., 0]
+
+
+def test_mean_cross_entropy_by_hand():
+    # p = (1/4, 3/4): the surprise of token 1 is log(4/3), of token 0 log 4.
+    logits = jnp.log(jnp.array([[[1.0, 3.0], [1.0, 3.0]]]))
+    loss = next_token_loss(logits, jnp.array([[1, 0]]))
+    assert loss == pytest.approx((math.log(4 / 3) + math.log(4)) / 2, abs=1e-6)
+    assert loss.dtype == jnp.float32
+
+
+def test_equals_numpy():
+    logits, tokens = case()
+    np.testing.assert_allclose(
+        next_token_loss(jnp.array(logits), jnp.array(tokens)), reference(logits, tokens).mean(), rtol=1e-6
+    )
+
+
+def test_bfloat16_logits_are_summed_in_float32():
+    logits, tokens = case()
+    rounded = jnp.array(logits, jnp.bfloat16)
+    loss = next_token_loss(rounded, jnp.array(tokens))
+    assert loss.dtype == jnp.float32
+    np.testing.assert_allclose(loss, reference(np.asarray(rounded, np.float32), tokens).mean(), rtol=1e-5)
+
+
+def test_padding_is_out_of_values_and_gradients():
+    logits, tokens = case()
+    mask = np.array([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]], bool)
+    poisoned = np.where(mask[..., None], logits, np.nan)
+    loss, gradient = jax.value_and_grad(
+        lambda x: next_token_loss(x, jnp.array(np.where(mask, tokens, -1)), mask_bt=jnp.array(mask))
+    )(jnp.array(poisoned))
+    np.testing.assert_allclose(loss, reference(logits, tokens)[mask].mean(), rtol=1e-6)
+    unmasked = jax.grad(lambda x: next_token_loss(x, jnp.array(tokens)) * mask.size / mask.sum())(jnp.array(logits))
+    np.testing.assert_allclose(gradient, np.where(mask[..., None], unmasked, 0), atol=1e-6)
+
+
+def test_nothing_counted_is_zero():
+    logits, tokens = case()
+    loss = next_token_loss(jnp.array(logits), jnp.array(tokens), mask_bt=jnp.zeros(tokens.shape, bool))
+    assert loss == 0
+
+
+def test_bits_per_byte():
+    assert bits_per_byte(math.log(256)) == pytest.approx(8)
+
+
+@pytest.mark.parametrize(
+    ("logits", "tokens", "mask", "message"),
+    [
+        ((3, 7), (3,), None, r"logits must be \(B, T, V\), got \(3, 7\)"),
+        ((3, 5, 7), (3, 4), None, r"next_tokens must be \(3, 5\) integers, got \(3, 4\)"),
+        ((3, 5, 7), (3, 5), (3, 4), r"mask must be \(3, 5\) booleans, got \(3, 4\)"),
+    ],
+)
+def test_bad_input(logits, tokens, mask, message):
+    with pytest.raises(ValueError, match=message):
+        next_token_loss(
+            jnp.zeros(logits), jnp.zeros(tokens, int), mask_bt=None if mask is None else jnp.zeros(mask, bool)
+        )
+
+
+def test_float_tokens_are_refused():
+    with pytest.raises(ValueError, match="integers, got \\(3, 5\\) float32"):
+        next_token_loss(jnp.zeros((3, 5, 7)), jnp.zeros((3, 5)))

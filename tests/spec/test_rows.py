@@ -1,0 +1,135 @@
+"""A row's tokens depend on the key, its own id and its own prompt, and on no other row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from spec_jax import DecodeResult, Sampling, SmallModel, base_decoding, speculative_decoding
+from tests.spec.toys import random_toy
+from tests.spec.transformers import compare, near, ragged_prompts, transformer
+
+# Tables are looked up, not computed, so that the shape of the batch cannot change a bit of the laws.
+TARGET, DRAFT = random_toy(2, 4, zeros=0.1), random_toy(3, 4, zeros=0.1)
+BATCH = 8
+PROMPTS, LENGTHS = ragged_prompts(1, BATCH, 6, 4)
+IDS = np.array([7, 0, 4_000_000_000, 12, 3, 1, 500, 2])
+RULES = ["plain", "rejection", "block", "coupled"]
+
+
+def decode(rule: str, rows: np.ndarray, row_ids: np.ndarray | None, implementation: str | None = None) -> DecodeResult:
+    arguments: dict[str, Any] = {
+        "max_new_tokens": 20,
+        "key": jax.random.key(9, impl=implementation),
+        "prompt_length": LENGTHS[rows],
+        "sampling": Sampling(temperature=1.2),
+        "eos_id": 2,
+        "pad_id": 9,
+        "row_ids": row_ids,
+    }
+    if rule == "plain":
+        return base_decoding(TARGET, PROMPTS[rows], **arguments)
+    drafter = SmallModel(DRAFT, gamma=3)
+    return speculative_decoding(TARGET, drafter, PROMPTS[rows], verification=rule, **arguments)
+
+
+def assert_rows_equal(result: DecodeResult, expected: DecodeResult, rows: np.ndarray) -> None:
+    """Tokens, lengths and every statistic."""
+    for got, want in zip(jax.tree.leaves(result), jax.tree.leaves(expected)):
+        np.testing.assert_array_equal(got, np.asarray(want)[rows])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_reordered(rule: str):
+    everyone = decode(rule, np.arange(BATCH), IDS)
+    rows = np.random.default_rng(0).permutation(BATCH)
+    assert (rows != np.arange(BATCH)).sum() >= 6
+    assert_rows_equal(decode(rule, rows, IDS[rows]), everyone, rows)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_alone(rule: str):
+    """Each row by itself, the others removed; the default ids are 0…B−1."""
+    everyone, default = decode(rule, np.arange(BATCH), IDS), decode(rule, np.arange(BATCH), None)
+    for row in range(BATCH):
+        rows = np.array([row])
+        assert_rows_equal(decode(rule, rows, IDS[rows]), everyone, rows)
+        assert_rows_equal(decode(rule, rows, rows), default, rows)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_other_prompts_beside_it(rule: str):
+    """Half of the rows are replaced by a repetition of row 0 under other ids."""
+    everyone = decode(rule, np.arange(BATCH), IDS)
+    rows, ids = np.where(np.arange(BATCH) % 2, np.arange(BATCH), 0), np.where(np.arange(BATCH) % 2, IDS, IDS + 10)
+    kept = np.arange(1, BATCH, 2)
+    beside = decode(rule, rows, ids)
+    assert_rows_equal(jax.tree.map(lambda x: x[kept], beside), everyone, kept)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_ids_matter(rule: str):
+    """One prompt under eight ids gives different rows, and under eight equal ids the same row eight times."""
+    rows = np.full(BATCH, 4)
+    different, same = decode(rule, rows, IDS), decode(rule, rows, np.full(BATCH, 5))
+    assert len({tuple(row) for row in np.asarray(different.tokens).tolist()}) >= 5
+    assert len({tuple(row) for row in np.asarray(same.tokens).tolist()}) == 1
+
+
+@pytest.mark.parametrize("implementation", ["rbg", "unsafe_rbg"])
+def test_keys_of_other_generators(implementation: str):
+    """Under `vmap` these generators draw for the whole batch from the first row's key. It must not come to that: a row
+    would depend on the others and, once the first row is finished, draw the same noise in each round.
+    """
+    rows = np.arange(BATCH)
+    plain, coupled = (decode(rule, rows, IDS, implementation) for rule in ("plain", "coupled"))
+    np.testing.assert_array_equal(coupled.tokens, plain.tokens)
+    assert_rows_equal(decode("plain", rows[5:6], IDS[5:6], implementation), plain, rows[5:6])
+
+
+@pytest.mark.slow
+def test_transformer_rows_reordered():
+    """The same for a transformer and coupled decoding, where only near ties may differ: 64 rows backwards."""
+    target, drafter = transformer(0), SmallModel(near(0, 0.05), gamma=5)
+    prompts, lengths = ragged_prompts(0, 64, 12)
+    key = jax.random.key(1)
+
+    def run(rows: np.ndarray) -> DecodeResult:
+        return speculative_decoding(
+            target,
+            drafter,
+            prompts[rows],
+            max_new_tokens=32,
+            key=key,
+            prompt_length=lengths[rows],
+            verification="coupled",
+            row_ids=rows,
+        )
+
+    everyone = run(np.arange(64))
+    backwards = jax.tree.map(lambda x: x[::-1], run(np.arange(64)[::-1]))
+    assert compare(target, prompts, lengths, Sampling(), key, backwards, everyone).diverged == 0
+
+
+@pytest.mark.slow
+def test_transformer_rows_alone():
+    """Plain decoding of 8 rows one by one, against 64 together."""
+    target = transformer(0)
+    prompts, lengths = ragged_prompts(0, 64, 12)
+
+    def run(rows: np.ndarray) -> DecodeResult:
+        return base_decoding(
+            target,
+            prompts[rows],
+            max_new_tokens=32,
+            key=jax.random.key(1),
+            prompt_length=lengths[rows],
+            row_ids=rows,
+        )
+
+    everyone = run(np.arange(64))
+    for row in range(0, 64, 8):
+        np.testing.assert_array_equal(run(np.array([row])).tokens[0], everyone.tokens[row])

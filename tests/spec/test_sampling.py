@@ -1,0 +1,178 @@
+"""The filters against a plain NumPy reference in Hugging Face's order, and where numbers get extreme."""
+
+from __future__ import annotations
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from spec_jax import Sampling, SmallModel, loop, speculative_decoding
+from spec_jax import decoding as decoding_module
+from spec_jax.sampling import draw, filtered_log_probs
+from tests.spec.reference import Filters, filtered_probs, softmax
+from tests.spec.toys import random_toy
+
+VOCAB = 6
+compiled = jax.jit(lambda logits, sampling: filtered_log_probs(logits, sampling))
+
+
+def probs_of(logits, **sampling) -> np.ndarray:
+    return np.exp(np.asarray(compiled(jnp.asarray(logits, jnp.float32), Sampling(**sampling).checked()), np.float64))
+
+
+logits_of_tokens = st.lists(
+    st.one_of(st.floats(-8, 8, width=32), st.just(-np.inf), st.sampled_from([0.0, 1.0, 2.0])),
+    min_size=VOCAB,
+    max_size=VOCAB,
+).filter(lambda logits: max(logits) > -np.inf)
+
+
+def near_a_boundary(logits: np.ndarray, filters: Filters) -> bool:
+    """Whether float32 could decide otherwise than float64: a mass or ratio within 1e-5 of what it is compared with.
+
+    Exact ties of scores are no boundary: both must treat them alike.
+    """
+    scores = (logits - logits.max()) / filters.temperature
+    if filters.top_k is not None:
+        scores = np.where(scores < np.sort(scores)[-filters.top_k], -np.inf, scores)
+    mass = np.cumsum(np.sort(softmax(scores))[::-1])
+    nucleus = filtered_probs(logits, Filters(filters.temperature, filters.top_k, filters.top_p))
+    ratio = nucleus / nucleus.max()
+    return bool((abs(mass - filters.top_p) < 1e-5).any() or (abs(ratio - filters.min_p) < 1e-5).any())
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(
+    logits=logits_of_tokens.map(lambda x: np.array(x, np.float64)),
+    temperature=st.floats(0.25, 4.0),
+    top_k=st.sampled_from([None, 1, 3]),
+    top_p=st.one_of(st.just(1.0), st.floats(0.05, 0.99)),
+    min_p=st.one_of(st.just(0.0), st.floats(0.01, 1.0)),
+)
+def test_filters_equal_the_reference(logits: np.ndarray, temperature: float, top_k: int | None, top_p, min_p):
+    """Which tokens stay, exactly, and their probabilities to 1e-5; ties with the last one kept included."""
+    filters = Filters(temperature, top_k, top_p, min_p)
+    assume(not near_a_boundary(logits, filters) or (top_p == 1 and min_p == 0))
+    expected = filtered_probs(logits, filters)
+    got = probs_of(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    np.testing.assert_array_equal(got > 0, expected > 0)
+    np.testing.assert_allclose(got, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        # Of probabilities 0.4 0.3 0.2 0.1; at temperature 0.5 they are 16 9 4 1 thirtieths.
+        ({"temperature": 0.5}, [16 / 30, 9 / 30, 4 / 30, 1 / 30]),
+        # Temperature first: 16/30 alone reaches 0.5. Were top-p first, 0.4 would not.
+        ({"temperature": 0.5, "top_p": 0.5}, [1, 0, 0, 0]),
+        ({"top_p": 0.5}, [4 / 7, 3 / 7, 0, 0]),
+        # top-k before top-p: of 4/7 and 3/7 the first reaches 0.55. Were top-p first, two tokens would stay.
+        ({"top_k": 2, "top_p": 0.55}, [1, 0, 0, 0]),
+        # Temperature before min-p: 0.3 / 0.4 is more than 0.6, 9 / 16 is less.
+        ({"min_p": 0.6}, [4 / 7, 3 / 7, 0, 0]),
+        ({"temperature": 0.5, "min_p": 0.6}, [1, 0, 0, 0]),
+        # top-p before min-p: three tokens reach 0.75 and min-p drops the third. Were min-p first, 4/7 + 3/7.
+        ({"top_p": 0.75, "min_p": 0.6}, [4 / 7, 3 / 7, 0, 0]),
+        # By fraction: the ⌈(1 − 0.6)·4⌉ = 2 largest.
+        ({"top_k": 0.6}, [4 / 7, 3 / 7, 0, 0]),
+        ({"top_k": 0.0}, [0.4, 0.3, 0.2, 0.1]),
+        ({"top_k": 99}, [0.4, 0.3, 0.2, 0.1]),
+        ({"min_p": 1.0}, [1, 0, 0, 0]),
+    ],
+)
+def test_hand_worked_in_order(sampling: dict, expected: list[float]):
+    np.testing.assert_allclose(probs_of(np.log([0.4, 0.3, 0.2, 0.1]), **sampling), expected, atol=1e-6)
+
+
+def test_top_p_sees_min_p_last():
+    """0.36 0.34 0.15 0.15 with top-p 0.8 keeps three of 0.85 and the tie, and min-p 0.5 then drops both.
+
+    Were min-p first, 0.36 and 0.34 of 0.70 would stay and top-p keep both: the same. With top-p 0.5, min-p first would
+    leave 0.514 alone; in order, 0.36 does not reach 0.5 and both stay.
+    """
+    logits = np.log([0.36, 0.34, 0.15, 0.15])
+    np.testing.assert_allclose(probs_of(logits, top_p=0.8, min_p=0.5), [36 / 70, 34 / 70, 0, 0], atol=1e-6)
+    np.testing.assert_allclose(probs_of(logits, top_p=0.5, min_p=0.5), [36 / 70, 34 / 70, 0, 0], atol=1e-6)
+
+
+def test_ties_with_the_last_one_kept_are_kept():
+    for sampling in ({"top_k": 2}, {"top_p": 0.6}):
+        np.testing.assert_allclose(probs_of([3.0, 2.0, 2.0, 2.0, 1.0], **sampling)[4], 0)
+        assert (probs_of([3.0, 2.0, 2.0, 2.0, 1.0], **sampling)[:4] > 0).all()
+    # Greedy takes the first.
+    assert probs_of([1.0, 2.0, 2.0, 0.0], temperature=0.0).tolist() == [0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-45, 1e-40, 1e-38, 1e-30, 1e-3])
+def test_cold_is_greedy_and_finite(temperature: float):
+    logits = np.array([[1e4, 9.9e3, -np.inf, -1e4], [-np.inf, -5.0, -4.0, -np.inf], [-1e4, -2e4, -1.5e4, -3e4]])
+    probs = probs_of(logits, temperature=temperature)
+    np.testing.assert_array_equal(probs, np.eye(4)[[0, 2, 0]])
+
+
+@pytest.mark.parametrize("temperature", [1e6, 1e30, 3e38])
+def test_hot_is_uniform_over_what_is_possible(temperature: float):
+    np.testing.assert_allclose(
+        probs_of([30.0, -np.inf, 5.0, 0.0], temperature=temperature), [1 / 3, 0, 1 / 3, 1 / 3], atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("sampling", [{}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.5}, {"temperature": 0.0}])
+def test_extreme_logits_stay_normalised(sampling: dict):
+    """1e4 apart, −inf and a single possible token: probabilities sum to 1, and the impossible stays so."""
+    logits = np.array([[1e4, 0.0, -1e4, -np.inf], [-1e4, -1e4, -np.inf, -np.inf], [-np.inf, -np.inf, 0.0, -np.inf]])
+    probs = probs_of(logits, **sampling)
+    np.testing.assert_allclose(probs.sum(-1), 1, atol=1e-6)
+    assert (probs[np.isinf(logits)] == 0).all()
+    assert probs[0, 0] == probs[2, 2] == 1
+
+
+@pytest.mark.parametrize("top_p", [1e-6, 1e-30, 1e-38, 1e-40, 1e-46])
+def test_tiny_top_p_keeps_the_most_probable(top_p: float):
+    """Every number in (0, 1] is allowed; the smallest are 0 in float32 arithmetic."""
+    np.testing.assert_array_equal(probs_of([0.0, 1.0, 2.0, -3.0], top_p=top_p), [0, 0, 1, 0])
+
+
+def test_bfloat16_logits_are_filtered_in_float32():
+    logits = jnp.asarray([[1.0, 2.0, 3.0]], jnp.bfloat16)
+    log_probs = compiled(logits, Sampling(top_p=0.95).checked())
+    assert log_probs.dtype == jnp.float32
+    np.testing.assert_allclose(
+        np.exp(log_probs[0]), filtered_probs(np.array([1.0, 2, 3]), Filters(top_p=0.95)), atol=1e-6
+    )
+
+
+def test_draw_follows_the_probabilities():
+    """Gumbel-max: the arg max of log-probability + noise, never an impossible token."""
+    log_probs = jnp.log(jnp.asarray([0.5, 0.0, 0.3, 0.2]))
+    gumbel = jax.random.gumbel(jax.random.key(0), (100_000, 4))
+    share = np.bincount(draw(jnp.broadcast_to(log_probs, gumbel.shape), gumbel), minlength=4) / len(gumbel)
+    assert share[1] == 0
+    np.testing.assert_allclose(share, [0.5, 0, 0.3, 0.2], atol=4 * 0.5 / len(gumbel) ** 0.5)
+
+
+def test_draft_and_target_are_filtered_by_one_function(monkeypatch: pytest.MonkeyPatch):
+    """All of a round's gamma draft steps and its scoring go through the one name that `loop` has for it."""
+    shapes = []
+
+    def spy(logits: jax.Array, sampling: Sampling) -> jax.Array:
+        shapes.append(logits.shape)
+        return filtered_log_probs(logits, sampling)
+
+    monkeypatch.setattr(loop, "filtered_log_probs", spy)
+    program = jax.jit(
+        lambda *arguments, size, width: loop.decode(*arguments, size=size, width=width),
+        static_argnames=("size", "width"),
+    )
+    monkeypatch.setattr(decoding_module, "compiled_decode", program)
+    drafter = SmallModel(random_toy(1, 4), gamma=2)
+    speculative_decoding(random_toy(0, 4), drafter, np.ones((1, 1), int), max_new_tokens=3, key=jax.random.key(0))
+    assert sorted(set(shapes)) == [(1, 3, 4), (1, 4)]
+    assert shapes.count((1, 4)) == 2 * shapes.count((1, 3, 4))
+    assert "filtered_log_probs" not in inspect.getsource(SmallModel)
