@@ -50,7 +50,7 @@ def checked_drafter(target: LanguageModel, drafter: Drafter, verification: str, 
       ValueError: negative gamma, different vocabularies, an unknown rule, or lenience outside (0, 1] or with a rule
         that has none.
     """
-    if not isinstance(drafter.gamma, int) or drafter.gamma < 0:
+    if isinstance(drafter.gamma, bool) or not isinstance(drafter.gamma, int | np.integer) or drafter.gamma < 0:
         raise ValueError(f"gamma must be an integer >= 0, got {drafter.gamma!r}")
     if drafter.vocab_size is not None and drafter.vocab_size != target.vocab_size:
         raise ValueError(
@@ -61,8 +61,8 @@ def checked_drafter(target: LanguageModel, drafter: Drafter, verification: str, 
     except ValueError:
         names = ", ".join(repr(str(name)) for name in Verification)
         raise ValueError(f"verification must be one of {names}, got {verification!r}") from None
-    if not 0 < lenience <= 1:
-        raise ValueError(f"lenience must be in (0, 1], got {lenience}")
+    if not isinstance(lenience, float | int | np.number) or not 0 < lenience <= 1:
+        raise ValueError(f"lenience must be in (0, 1], got {lenience!r}")
     if lenience != 1 and rule != Verification.REJECTION:
         raise ValueError(f"lenience must be 1 for verification {str(rule)!r}: only 'rejection' has it; got {lenience}")
     return rule
@@ -92,12 +92,15 @@ def checked_key(key: jax.Array) -> jax.Array:
     Raises:
       ValueError: not one key.
     """
-    if isinstance(key, jax.Array) and not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        legacy = key.ndim == 1 and key.dtype == jnp.uint32
-        key = jax.random.wrap_key_data(key) if legacy else key
-    if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()):
-        got = f"{key.shape} {key.dtype}" if hasattr(key, "shape") else repr(key)
-        raise ValueError(f"key must be one key, as jax.random.key(seed) gives, got {got}")
+    got = f"{key.shape} {key.dtype}" if hasattr(key, "shape") else repr(key)
+    refusal = ValueError(f"key must be one key, as jax.random.key(seed) gives, got {got}")
+    if getattr(key, "dtype", None) == jnp.uint32:
+        try:
+            key = jax.random.wrap_key_data(jnp.asarray(key))
+        except TypeError:
+            raise refusal from None
+    if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape != ():
+        raise refusal
     if str(jax.random.key_impl(key)) == "threefry2x32":
         return key
     return jax.random.wrap_key_data(jax.random.bits(key, (2,), jnp.uint32), impl="threefry2x32")

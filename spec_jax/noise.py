@@ -27,7 +27,7 @@ def position_gumbel(key: jax.Array, row_ids_b: jax.Array, position_bt: jax.Array
 
     def one_position(row_id: jax.Array, position: jax.Array) -> jax.Array:
         position_key = jax.random.fold_in(_row_key(key, Purpose.POSITION, row_id), position)
-        return jax.random.gumbel(position_key, (vocab_size,))
+        return jax.random.gumbel(position_key, (vocab_size,), jnp.float32)
 
     return jax.vmap(jax.vmap(one_position, (None, 0)))(row_ids_b, position_bt)
 
@@ -38,7 +38,7 @@ def round_noise(
     row_ids_b: jax.Array,
     round_start_b: jax.Array,
     shape: tuple[int, ...],
-    sampler: Callable[[jax.Array, tuple[int, ...]], jax.Array],
+    sampler: Callable[..., jax.Array],
 ) -> jax.Array:
     """(B, *shape) noise keyed by (row, position where the row's round starts).
 
@@ -48,7 +48,7 @@ def round_noise(
     """
 
     def one_row(row_id: jax.Array, round_start: jax.Array) -> jax.Array:
-        return sampler(jax.random.fold_in(_row_key(key, purpose, row_id), round_start), shape)
+        return sampler(jax.random.fold_in(_row_key(key, purpose, row_id), round_start), shape, jnp.float32)
 
     return jax.vmap(one_row)(row_ids_b, round_start_b)
 

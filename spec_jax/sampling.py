@@ -45,9 +45,9 @@ class Sampling:
         _require("temperature", self.temperature, lambda x: 0 <= x <= float(_FLOAT32.max), "a finite number >= 0")
         _require("top_p", self.top_p, lambda x: 0 < x <= 1, "in (0, 1]")
         _require("min_p", self.min_p, lambda x: 0 <= x <= 1, "in [0, 1]")
-        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int | float | None):
+        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int | np.integer | float | None):
             raise ValueError(f"top_k must be an integer count, a float fraction or None, got {self.top_k!r}")
-        if isinstance(self.top_k, int) and self.top_k < 1:
+        if isinstance(self.top_k, int | np.integer) and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {self.top_k}")
         if isinstance(self.top_k, float) and not 0 <= self.top_k < 1:
             raise ValueError(f"top_k as a fraction must be in [0, 1), got {self.top_k}")
@@ -62,7 +62,11 @@ class Sampling:
 def _require(name: str, value: Scalar, holds, expected: str) -> None:
     if isinstance(value, Tracer):
         return
-    if np.ndim(value) != 0 or not holds(float(value)):
+    if (
+        np.ndim(value) != 0
+        or not isinstance(value, float | int | np.generic | np.ndarray | jax.Array)
+        or not holds(float(value))
+    ):
         raise ValueError(f"{name} must be {expected}, got {value}")
 
 
@@ -100,7 +104,7 @@ def filtered_log_probs(logits: jax.Array, sampling: Sampling) -> jax.Array:
 def keep_top_k(scores: jax.Array, top_k: int | float) -> jax.Array:
     """−inf below the k-th largest score, with k counted or a fraction as in `Sampling.top_k`."""
     vocab_size = scores.shape[-1]
-    count = min(top_k, vocab_size) if isinstance(top_k, int) else math.ceil((1 - top_k) * vocab_size)
+    count = min(int(top_k), vocab_size) if isinstance(top_k, int | np.integer) else math.ceil((1 - top_k) * vocab_size)
     smallest_kept = sort_descending(scores)[..., count - 1 : count]
     return jnp.where(scores < smallest_kept, -jnp.inf, scores)
 

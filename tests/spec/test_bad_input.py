@@ -49,6 +49,7 @@ OF_EVERY_DECODING: list[tuple[dict[str, Any], str]] = [
     ),
     ({"key": 7}, "key must be one key, as jax.random.key(seed) gives, got 7"),
     ({"key": None}, "key must be one key, as jax.random.key(seed) gives, got None"),
+    ({"key": jnp.zeros(4, jnp.uint32)}, "key must be one key, as jax.random.key(seed) gives, got (4,) uint32"),
     ({"key": jnp.zeros(2)}, "key must be one key, as jax.random.key(seed) gives, got (2,) float32"),
     ({"row_ids": [1]}, "row_ids must be (2,) integers >= 0, got (1,) int64"),
     ({"row_ids": [0, -1]}, "row_ids must be (2,) integers >= 0, got (2,) int64: [ 0 -1]"),
