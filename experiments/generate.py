@@ -1,0 +1,135 @@
+"""Streams text from a training run's checkpoint, in colours that show what was drafted.
+
+python -m experiments.generate --checkpoint runs/demo --prompt "def main("
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
+
+import jax
+import tyro
+from rich.console import Console
+
+import spec_jax
+from experiments import train_draft
+from experiments.checkpoints import open_run
+from experiments.runtime import exit_with, use_compilation_cache
+from experiments.samples import LEGEND, print_stream
+from experiments.train_state import Models
+
+DrafterName = Literal["draft", "none"]
+# Each strategy takes from the checkpoint's models what it needs; the ones of other runs join here.
+DRAFTERS: dict[str, Callable[[Models, int], spec_jax.Drafter | None]] = {
+    "draft": lambda models, gamma: spec_jax.SmallModel(models["draft"], gamma=gamma),
+    "none": lambda models, gamma: None,
+}
+# By kind of run: the models that a configuration read from a checkpoint describes, weights not filled in.
+KINDS: dict[str, Callable[[dict[str, Any]], Models]] = {train_draft.KIND: train_draft.models_of}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """What to generate.
+
+    Attributes:
+      checkpoint: output folder of a training run.
+      prompt: the text to continue.
+      step: of the checkpoint; None is the newest.
+      max_new_tokens: bytes to generate.
+      temperature: 0 is greedy.
+      top_k: keep so many of the most probable bytes.
+      top_p: keep the most probable bytes of this mass.
+      min_p: keep bytes at least so many times as probable as the most probable one.
+      drafter: what drafts: 'draft', the small model of the run, or 'none'.
+      gamma: tokens drafted a round.
+      verification: the rule.
+      plain: the same as `drafter` 'none'.
+      seed: of the noise.
+    """
+
+    checkpoint: pathlib.Path
+    prompt: str
+    step: int | None = None
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+    drafter: DrafterName = "draft"
+    gamma: int = 5
+    verification: Literal["rejection", "block", "coupled"] = "rejection"
+    plain: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise ValueError("prompt must have at least one byte, got ''")
+        if self.drafter not in get_args(DrafterName):
+            raise ValueError(f"drafter must be one of {', '.join(get_args(DrafterName))}, got {self.drafter!r}")
+        if self.max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens must be at least 0, got {self.max_new_tokens}")
+        if self.gamma < 0:
+            raise ValueError(f"gamma must be at least 0, got {self.gamma}")
+        self.sampling.checked()
+
+    @property
+    def sampling(self) -> spec_jax.Sampling:
+        """Temperature and filters."""
+        return spec_jax.Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
+
+
+def load_models(run: pathlib.Path, step: int | None = None) -> Models:
+    """The models of a training run.
+
+    Args:
+      run: its output folder.
+      step: of the checkpoint; None is the newest.
+
+    Raises:
+      ValueError: there is no such checkpoint, or it is damaged.
+    """
+    with open_run(run) as checkpoints:
+        step = checkpoints.require_latest() if step is None else step
+        configuration = checkpoints.configuration(step)
+        if (kind := configuration.get("kind")) not in KINDS:
+            raise ValueError(f"checkpoint must be of one of the runs {', '.join(KINDS)}, got {kind!r}")
+        shapes = jax.eval_shape(lambda: KINDS[kind](configuration))
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+        return checkpoints.restore(step, {"models": template})["models"]
+
+
+def generate(config: GenerateConfig, console: Console) -> int:
+    """Prints the prompt and its continuation, round by round; returns the exit code."""
+    use_compilation_cache()
+    models = load_models(config.checkpoint, config.step)
+    drafter = DRAFTERS["none" if config.plain else config.drafter](models, config.gamma)
+    start = time.perf_counter()
+    tokens, rounds = print_stream(
+        console,
+        models["target"],
+        drafter,
+        list(config.prompt.encode()),
+        max_new_tokens=config.max_new_tokens,
+        key=jax.random.key(config.seed),
+        sampling=config.sampling,
+        **({} if drafter is None else {"verification": config.verification}),
+    )
+    seconds = time.perf_counter() - start
+    rate = f"{tokens} bytes in {rounds} rounds, {seconds:.1f} s with compilation"
+    console.print(*(() if drafter is None else (LEGEND, "·")), rate, highlight=False)
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Reads the command line and generates."""
+    return generate(tyro.cli(GenerateConfig, args=arguments, description=__doc__), Console())
+
+
+if __name__ == "__main__":
+    exit_with(main)

@@ -1,0 +1,94 @@
+"""Where the numbers of a run go: JSON lines and TensorBoard always, Weights & Biases when asked."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pathlib
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+FILE = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+
+
+class Metrics:
+    """Writes each record to all of the run's logs.
+
+    A resumed run repeats the steps after its checkpoint, so what the logs hold of those is dropped first.
+    """
+
+    def __init__(
+        self,
+        output: pathlib.Path,
+        *,
+        first_step: int,
+        wandb: str | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Opens the logs.
+
+        Args:
+          output: the run's folder.
+          first_step: steps done already; later records are dropped.
+          wandb: name of a Weights & Biases project, or None.
+          config: what Weights & Biases shows of the run.
+
+        Raises:
+          ValueError: Weights & Biases is asked for and not installed.
+        """
+        self._wandb = _start_wandb(wandb, output, config) if wandb is not None else None
+        path = output / FILE
+        records = [record for record in read_metrics(output) if record["step"] <= first_step]
+        kept = path.with_suffix(".tmp")
+        kept.write_text("".join(json.dumps(record) + "\n" for record in records))
+        kept.replace(path)
+        self._lines = path.open("a")
+        self._tensorboard = SummaryWriter(str(output / TENSORBOARD), purge_step=first_step + 1 if first_step else None)
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lines.close()
+        self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """One record: the numbers known after `step` steps."""
+        self._lines.write(json.dumps({"step": step, **values}) + "\n")
+        self._lines.flush()
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(dict(values), step=step)
+
+
+def read_metrics(output: pathlib.Path) -> list[dict[str, float]]:
+    """The records of a run so far; a line that a kill cut off is left out."""
+    path = output / FILE
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def _start_wandb(project: str, output: pathlib.Path, config: Mapping[str, Any] | None) -> Any:
+    try:
+        wandb = importlib.import_module("wandb")
+    except ImportError:
+        raise ValueError(
+            "wandb must be installed to log to Weights & Biases: pip install 'spec-moe-jax[wandb]'"
+        ) from None
+    # A name made from the folder lets a resumed run go on in its own record.
+    name = "-".join(output.absolute().parts[-2:])
+    return wandb.init(project=project, id=name, name=name, dir=str(output), config=dict(config or {}), resume="allow")

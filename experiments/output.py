@@ -1,0 +1,47 @@
+"""The output folder of a run: checked before training, and never silently mixed with another run."""
+
+from __future__ import annotations
+
+import pathlib
+import secrets
+import shutil
+
+from experiments import checkpoints, metrics
+
+REPORT = "report.json"
+LOSS_FIGURE, ACCEPTANCE_FIGURE, SPEEDUP_FIGURE = "loss.png", "acceptance.png", "speedup.png"
+# Everything a run writes, so that `overwrite` removes this and nothing else.
+CONTENTS = (
+    checkpoints.FOLDER, metrics.TENSORBOARD, metrics.FILE, REPORT, LOSS_FIGURE, ACCEPTANCE_FIGURE, SPEEDUP_FIGURE,
+)  # fmt: skip
+
+
+def prepare_output(output: pathlib.Path, *, resume: bool, overwrite: bool) -> None:
+    """Makes the folder and empties it of an old run where asked to.
+
+    Raises:
+      ValueError: it cannot be written; it holds a run and neither `resume` nor `overwrite` is given; or there is
+        nothing to resume.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        probe = output / f".write-{secrets.token_hex(4)}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"output must be a folder that can be written, got {output}: {error}") from error
+    if resume:
+        checkpoints.open_run(output)
+        return
+    present = [name for name in CONTENTS if (output / name).exists()]
+    if present and not overwrite:
+        raise ValueError(
+            f"output must be a folder without a run, got {output}, which holds {', '.join(present)}: add --resume to "
+            "go on with that run, --overwrite to delete it, or choose another --output"
+        )
+    for name in present:
+        path = output / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

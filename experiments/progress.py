@@ -1,0 +1,57 @@
+"""What a person sees while a run goes on: a bar in a terminal, a line now and then in a log file."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+FIELDS = " · ".join(
+    (
+        "loss [bold]{task.fields[loss]:.3f}[/]",
+        "[bold]{task.fields[bits]:.3f}[/] bits/byte",
+        "{task.fields[speed]:,.0f} tokens/s",
+    )
+)
+
+
+class TrainingProgress:
+    """Loss, bits per byte, tokens per second and time left.
+
+    The loss is the one that is descended, in nats; bits per byte are those of the main model, on validation text as
+    soon as there are any.
+    """
+
+    def __init__(self, console: Console, *, steps: int, done: int) -> None:
+        self._console = console
+        self._steps = steps
+        self._bar = Progress(
+            TextColumn("training"), BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn(FIELDS),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            console=console, disable=not console.is_terminal, transient=False,
+        )  # fmt: skip
+        nan = float("nan")
+        self._task = self._bar.add_task("training", total=steps, completed=done, loss=nan, bits=nan, speed=nan)
+
+    def __enter__(self) -> TrainingProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def step(self, done: int) -> None:
+        """So many steps have been started."""
+        self._bar.update(self._task, completed=done)
+
+    def record(self, done: int, *, loss: float, bits: float, speed: float) -> None:
+        """New numbers, known after `done` steps."""
+        self._bar.update(self._task, loss=loss, bits=bits, speed=speed)
+        if not self._console.is_terminal:
+            self._console.print(
+                f"step {done:,} of {self._steps:,} · loss {loss:.3f} · {bits:.3f} bits/byte · {speed:,.0f} tokens/s",
+                highlight=False,
+            )

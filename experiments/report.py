@@ -1,0 +1,97 @@
+"""The end of a training run: decoding measured, a table, a JSON file and three pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from experiments import figures
+from experiments.measure import PLAIN, Measurement
+from experiments.metrics import read_metrics
+from experiments.output import ACCEPTANCE_FIGURE, LOSS_FIGURE, REPORT, SPEEDUP_FIGURE
+from spec_jax.losses import bits_per_byte
+
+
+def machine() -> dict[str, Any]:
+    """What the measurements ran on."""
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "platform": device.platform,
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+    }
+
+
+def print_table(console: Console, measurements: Sequence[Measurement], *, title: str) -> None:
+    """Plain decoding and each strategy, the fastest one in bold."""
+    best = max(measurements, key=lambda m: m.speedup)
+    table = Table(title=title, caption="c, s: time to draft one token and to score a draft, in plain steps")
+    table.add_column("decoding", no_wrap=True)
+    for column in ("ms/token\nmedian", "ms/token\nmin", "accepted", "tokens\n/round", "c", "s", "speed-up", "formula"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for m in measurements:
+        drafted = m.acceptance_rate is not None
+        table.add_row(
+            m.name,
+            f"{m.milliseconds_median:.2f}",
+            f"{m.milliseconds_min:.2f}",
+            f"{m.acceptance_rate:.1%}" if m.acceptance_rate is not None else "",
+            f"{m.tokens_per_round:.2f}",
+            f"{m.draft_cost:.2f}" if drafted else "",
+            f"{m.scoring_cost:.2f}" if drafted else "",
+            f"{m.speedup:.2f} ×" if drafted else "",
+            f"{m.predicted_speedup:.2f} ×" if drafted else "",
+            style="bold" if m is best and drafted else "",
+        )
+    console.print(table)
+
+
+def write_report(output: pathlib.Path, measurements: Sequence[Measurement], *, configuration: dict[str, Any]) -> None:
+    """All numbers as JSON, and the figures, into the run's folder.
+
+    Args:
+      output: the folder.
+      measurements: of decoding.
+      configuration: the run's.
+    """
+    content = {
+        "machine": machine(),
+        "configuration": configuration,
+        "decoding": [dataclasses.asdict(m) for m in measurements],
+    }
+    (output / REPORT).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    save_loss_figure(output)
+    drafted = [m for m in measurements if m.name != PLAIN]
+    figures.save_acceptance(output / ACCEPTANCE_FIGURE, {m.name: m.acceptance_by_position for m in drafted})
+    figures.save_speedup(
+        output / SPEEDUP_FIGURE,
+        {"small draft": [(m.gamma, m.speedup) for m in drafted]},
+        {"small draft": [(m.gamma, m.predicted_speedup) for m in drafted]},
+    )
+
+
+def save_loss_figure(output: pathlib.Path) -> None:
+    """Loss curves from the run's metrics."""
+    records = read_metrics(output)
+
+    def curves(part: str) -> dict[str, list[tuple[float, float]]]:
+        names = {key for record in records for key in record if key.startswith(f"{part}/") and key.endswith("_loss")}
+        return {
+            name.removeprefix(f"{part}/").removesuffix("_loss"): [
+                (record["step"], bits_per_byte(record[name])) for record in records if name in record
+            ]
+            for name in sorted(names, reverse=True)
+        }
+
+    figures.save_loss_curves(output / LOSS_FIGURE, curves("train"), curves("validation"))

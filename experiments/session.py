@@ -1,0 +1,133 @@
+"""One training run from start to end: checks, devices, resuming, training, report. What it trains is an argument."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+from rich.console import Console
+
+from experiments.checkpoints import Checkpoints, open_run
+from experiments.config import RunConfig, as_json
+from experiments.data import Text, load_text
+from experiments.metrics import Metrics
+from experiments.output import prepare_output
+from experiments.progress import TrainingProgress
+from experiments.runtime import start_processes, use_compilation_cache
+from experiments.signals import StopRequest
+from experiments.train_state import LossFn, Models, TrainState, check_batch, data_mesh, local_copy, replicated
+from experiments.training import Instruments, Job, restored_state, train
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a training script brings.
+
+    Attributes:
+      kind: its name, kept in checkpoints.
+      make_models: makes the models, by name, from nothing but the configuration.
+      loss_fn: what is descended, and what is reported of it.
+      main_loss: the report whose bits per byte the progress bar shows.
+      on_sample: called with (models, text, steps done, console) every `sample_every` steps.
+      on_report: called with (models, text, console, configuration) at the end.
+    """
+
+    kind: str
+    make_models: Callable[[], Models]
+    loss_fn: LossFn
+    main_loss: str
+    on_sample: Callable[[Models, Text, int, Console], None]
+    on_report: Callable[[Models, Text, Console, dict[str, Any]], None]
+
+
+def run(config: RunConfig, task: Task, console: Console | None = None) -> int:
+    """Trains, reports, and returns the exit code: 0, or 130 or 143 when a signal ended it early.
+
+    Args:
+      config: the run's configuration.
+      task: what to train.
+      console: where to print; by default standard output.
+
+    Returns:
+      The exit code.
+
+    Raises:
+      ValueError: bad input, before anything is computed.
+      NonFiniteLossError: the loss was not finite.
+    """
+    use_compilation_cache()
+    start_processes(config)
+    first_process = jax.process_index() == 0
+    console = console or Console(quiet=not first_process)
+    text = load_text(config.data)
+    text.check(config.sequence_length)
+    mesh = data_mesh()
+    check_batch(config.batch_size, config.accumulation, mesh)
+    configuration = {"kind": task.kind, "text": f"{text.name}, SHA-256 {text.fingerprint()}", **as_json(config)}
+    if first_process:
+        prepare_output(config.output, resume=config.resume, overwrite=config.overwrite)
+        if config.resume:
+            # Refused before the log is cut and before temporary folders of the old run are swept up.
+            with open_run(config.output) as checkpoints:
+                checkpoints.check(checkpoints.require_latest(), configuration)
+    _wait_for_all("output")
+
+    def on_sample(models: Models, done: int) -> None:
+        if first_process:
+            task.on_sample(local_copy(models), text, done, console)
+
+    job = Job(
+        config=config,
+        configuration=configuration,
+        text=text,
+        mesh=mesh,
+        loss_fn=task.loss_fn,
+        main_loss=task.main_loss,
+        on_sample=on_sample,
+    )
+    console.print(f"[bold]{task.kind}[/] on {text.description} ({len(text):,} bytes), output in {config.output}")
+    with StopRequest(console) as stop:
+        state = _train(job, task, console, stop)
+    if stop.signal is not None:
+        console.print(f"[yellow]Stopped after step {int(state.step):,}; go on with --resume.")
+        return stop.exit_code
+    if config.report and first_process:
+        task.on_report(local_copy(state.models), text, console, configuration)
+    _wait_for_all("report")
+    return 0
+
+
+def _train(job: Job, task: Task, console: Console, stop: StopRequest) -> TrainState:
+    config, mesh = job.config, job.mesh
+    create = jax.jit(lambda: TrainState.create(task.make_models(), config.optimizer()), out_shardings=replicated(mesh))
+    with Checkpoints(config.output, keep=config.keep_checkpoints) as checkpoints:
+        if config.resume:
+            template = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), jax.eval_shape(create)
+            )
+            state = restored_state(checkpoints, checkpoints.require_latest(), template)
+        else:
+            state = create()
+        done = int(state.step)
+        sizes = ", ".join(f"{name} {_parameters(model):,}" for name, model in state.models.items())
+        console.print(f"parameters: {sizes}; {mesh.size} device(s); from step {done:,} to {config.steps:,}")
+        if jax.process_index():
+            with TrainingProgress(console, steps=config.steps, done=done) as progress:
+                return train(job, state, Instruments(checkpoints, None, progress, stop))
+        with (
+            Metrics(config.output, first_step=done, wandb=config.wandb, config=job.configuration) as metrics,
+            TrainingProgress(console, steps=config.steps, done=done) as progress,
+        ):
+            return train(job, state, Instruments(checkpoints, metrics, progress, stop))
+
+
+def _parameters(model: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(model))
+
+
+def _wait_for_all(place: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(place)

@@ -1,0 +1,68 @@
+"""Stopping a run from outside: the first signal asks, a second Ctrl-C does not wait."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from types import TracebackType
+
+from rich.console import Console
+
+
+class StopRequest:
+    """While entered, SIGINT and SIGTERM set `signal` in place of their usual effect.
+
+    A thread reads the signals through `signal.set_wakeup_fd`, because Python runs handlers only between bytecodes of
+    the main thread, and a compilation or a wait for the device keeps that busy for many seconds. So the answer is
+    immediate, and a second SIGINT ends the process at once, with exit code 130.
+
+    Attributes:
+      signal: number of the first signal received, or None.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.signal: int | None = None
+        self._console = console
+        self._previous: dict[int, signal._HANDLER] = {}
+
+    def __enter__(self) -> StopRequest:
+        # Signals can be set up from the main thread only; a run started from another one goes without.
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, lambda *_: None)
+        threading.Thread(target=self._listen, args=(self._reader,), daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._previous:
+            return
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        # The listening thread sees the end of its stream, leaves its loop, and closes its own side.
+        self._writer.close()
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell reports of a process that such a signal ended: 130 for SIGINT, 143 for SIGTERM; else 0."""
+        return 0 if self.signal is None else 128 + self.signal
+
+    def _listen(self, reader: socket.socket) -> None:
+        with reader:
+            while received := reader.recv(1):
+                number = received[0]
+                if number not in (signal.SIGINT, signal.SIGTERM):
+                    continue
+                if self.signal is None:
+                    self.signal = number
+                    self._console.print("[yellow]Stopping after this step, with a checkpoint. Ctrl-C ends at once.")
+                elif number == signal.SIGINT:
+                    os._exit(128 + number)

@@ -1,0 +1,270 @@
+"""The training loop: what it trains is an argument.
+
+Axis letters: A microbatches, B sequences of a microbatch, T tokens.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from experiments.checkpoints import Checkpoints
+from experiments.config import RunConfig
+from experiments.data import Text, batch_at, validation_batches
+from experiments.metrics import Metrics
+from experiments.progress import TrainingProgress
+from experiments.signals import StopRequest
+from experiments.train_state import LossFn, Models, TrainState, make_train_step, shard_rows
+from spec_jax.losses import bits_per_byte
+
+# Losses are looked at this many steps late, so that the device never waits for the host.
+LAG = 3
+
+
+class NonFiniteLossError(ValueError):
+    """The loss became NaN or infinite; the message says at which step, and what is left."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """One run.
+
+    Attributes:
+      config: its configuration.
+      configuration: the same and what else identifies the run, as JSON; written with every checkpoint.
+      text: what it reads.
+      mesh: all devices.
+      loss_fn: what it descends. The reports must be means over rows.
+      main_loss: the report whose bits per byte the progress bar shows.
+      on_sample: called with the models every `sample_every` steps.
+    """
+
+    config: RunConfig
+    configuration: Mapping[str, Any]
+    text: Text
+    mesh: Mesh
+    loss_fn: LossFn
+    main_loss: str
+    on_sample: Callable[[Models, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruments:
+    """What a run writes to and listens to. Metrics are None in all processes but the first."""
+
+    checkpoints: Checkpoints
+    metrics: Metrics | None
+    progress: TrainingProgress
+    stop: StopRequest
+
+
+def train(job: Job, state: TrainState, instruments: Instruments) -> TrainState:
+    """Trains from `state.step` to `config.steps`, or until asked to stop, and leaves a checkpoint of the end.
+
+    The batch of step i is a function of (seed, i), and all else that matters is in the state, so a run that goes on
+    from a checkpoint computes what one without a break would have.
+
+    Args:
+      job: what to do.
+      state: where to start; its buffers are reused.
+      instruments: what to write to.
+
+    Returns:
+      The state at the end.
+
+    Raises:
+      NonFiniteLossError: the loss, or that of a state about to be saved, was NaN or infinite.
+    """
+    return _Loop(job, instruments).run(state)
+
+
+class _Loop:
+    def __init__(self, job: Job, instruments: Instruments) -> None:
+        self.job, self.config, self.to = job, job.config, instruments
+        self.step_fn = make_train_step(job.loss_fn, job.config.optimizer())
+        self.evaluate_fn = jax.jit(job.loss_fn)
+        self.pending: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
+        self.window: list[dict[str, float]] = []
+        self.validation_bits = math.nan
+        self.clock = _Clock()
+        self.timed_steps = 0
+        self.saved: int | None = None
+
+    def run(self, state: TrainState) -> TrainState:
+        config = self.config
+        first = done = int(state.step)
+        self.saved = first if first else None
+        for step in range(first, config.steps):
+            state, report = self.step_fn(state, self.batch(step))
+            self.pending.append((step, report))
+            done = step + 1
+            self.look(keep=LAG)
+            self.to.progress.step(done)
+            if done == first + 1:
+                # The first step compiles; throughput is of the others.
+                self.look(keep=0)
+                self.clock.lap()
+                self.timed_steps = 0
+            if done % config.validate_every == 0:
+                self.validate(state, done)
+            if done % config.checkpoint_every == 0:
+                self.save(state, done)
+            if config.sample_every and done % config.sample_every == 0:
+                self.sample(state, done)
+            if self.asked_to_stop(done):
+                break
+        self.look(keep=0)
+        if self.saved != done:
+            self.save(state, done)
+        with self.clock.paused():
+            self.to.checkpoints.wait()
+        return state
+
+    def batch(self, step: int) -> jax.Array:
+        """(A, B, T + 1) tokens of a step, shared by the devices."""
+        config = self.config
+        # Drawn as one batch of A·B rows per process, so that no two microbatches are the same.
+        rows = batch_at(
+            self.job.text.train,
+            seed=config.seed,
+            step=step,
+            batch_size=config.accumulation * config.batch_size,
+            sequence_length=config.sequence_length,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        local_abt = rows.reshape(config.accumulation, -1, rows.shape[1])
+        return shard_rows(local_abt, self.job.mesh, axis=1)
+
+    def look(self, *, keep: int) -> None:
+        """Reads the reports of all but the last `keep` steps."""
+        while len(self.pending) > keep:
+            step, report = self.pending.popleft()
+            values = {name: float(value) for name, value in jax.device_get(report).items()}
+            self.require_finite(values["loss"], f"the loss of step {step + 1}")
+            self.window.append(values)
+            self.timed_steps += 1
+            if (step + 1) % self.config.log_every == 0:
+                self.log(step + 1)
+
+    def log(self, done: int) -> None:
+        means = {name: float(np.mean([values[name] for values in self.window])) for name in self.window[0]}
+        speed = self.timed_steps * self.config.tokens_per_step / self.clock.lap()
+        self.timed_steps = 0
+        self.window.clear()
+        bits = self.validation_bits
+        if math.isnan(bits):
+            bits = bits_per_byte(means[self.job.main_loss])
+        self.to.progress.record(done, loss=means["loss"], bits=bits, speed=speed)
+        if self.to.metrics is not None:
+            train = {f"train/{name}": value for name, value in means.items()}
+            self.to.metrics.write(done, {**train, "tokens_per_second": speed})
+
+    def validate(self, state: TrainState, done: int) -> None:
+        self.look(keep=0)
+        with self.clock.paused():
+            reports = [self.evaluate_fn(state.models, tokens)[1] for tokens in self.validation_batches()]
+            means = {name: float(np.mean([report[name] for report in reports])) for name in reports[0]}
+        self.validation_bits = bits_per_byte(means[self.job.main_loss])
+        if self.to.metrics is not None:
+            losses = {f"validation/{name}": value for name, value in means.items()}
+            bits = {
+                f"validation/{name.removesuffix('loss')}bits_per_byte": bits_per_byte(value)
+                for name, value in means.items()
+                if name.endswith("loss")
+            }
+            self.to.metrics.write(done, losses | bits)
+
+    def validation_batches(self, most: int | None = None) -> Iterator[jax.Array]:
+        batches = validation_batches(
+            self.job.text.validation,
+            batch_size=self.config.batch_size,
+            sequence_length=self.config.sequence_length,
+            max_batches=most or self.config.validation_batches,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        return (shard_rows(local_bt, self.job.mesh, axis=0) for local_bt in batches)
+
+    def save(self, state: TrainState, done: int) -> None:
+        """Writes a checkpoint, unless the state it would hold is broken.
+
+        Every loss so far may be finite and the last update still have ruined the weights: their own loss decides.
+        """
+        self.look(keep=0)
+        with self.clock.paused():
+            tokens_bt = next(iter(self.validation_batches(1)))
+            loss = float(self.evaluate_fn(state.models, tokens_bt)[0])
+            self.require_finite(loss, f"the validation loss after step {done}")
+            self.to.checkpoints.save(done, state_parts(state), self.job.configuration)
+        self.saved = done
+
+    def sample(self, state: TrainState, done: int) -> None:
+        self.look(keep=0)
+        with self.clock.paused():
+            self.job.on_sample(state.models, done)
+
+    def require_finite(self, loss: float, what: str) -> None:
+        if math.isfinite(loss):
+            return
+        self.to.checkpoints.wait()
+        kept = "there is no checkpoint yet" if self.saved is None else f"the checkpoint of step {self.saved} is good"
+        raise NonFiniteLossError(
+            f"{what} is {loss}, training stopped; {kept} ({self.config.output}); try a lower --learning-rate"
+        )
+
+    def asked_to_stop(self, done: int) -> bool:
+        """Whether to stop now. All processes must agree, and asking the others costs a wait."""
+        if jax.process_count() == 1:
+            return self.to.stop.signal is not None
+        if done % self.config.log_every:
+            return False
+        return bool(multihost_utils.process_allgather(np.array(self.to.stop.signal is not None)).any())
+
+
+def state_parts(state: TrainState) -> dict[str, Any]:
+    """The parts of a checkpoint: the models can be read back without the rest."""
+    return {"models": state.models, "optimizer": {"step": state.step, "states": state.optimizer_states}}
+
+
+def restored_state(checkpoints: Checkpoints, step: int, template: TrainState) -> TrainState:
+    """The state of a checkpoint, on the devices of the template.
+
+    Raises:
+      ValueError: the checkpoint is damaged or of other sizes.
+    """
+    parts = checkpoints.restore(step, state_parts(template))
+    optimizer = parts["optimizer"]
+    return TrainState(optimizer["step"], parts["models"], optimizer["states"])
+
+
+class _Clock:
+    """Seconds spent on training steps, pauses left out."""
+
+    def __init__(self) -> None:
+        self._mark = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        now = time.perf_counter()
+        seconds, self._mark = now - self._mark, now
+        return seconds
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What runs inside does not count."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._mark += time.perf_counter() - began

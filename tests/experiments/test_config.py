@@ -1,0 +1,94 @@
+import dataclasses
+import itertools
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from experiments.config import RunConfig, as_json, differences
+from experiments.train_draft import PRESETS, TrainDraftConfig
+from spec_jax import DecoderConfig
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"accumulation": 0}, "accumulation must be at least 1"),
+        ({"sequence_length": 0}, "sequence_length must be at least 1"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"sample_every": -1}, "sample_every must be at least 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be above 0, got nan"),
+        ({"clip_norm": -1.0}, "clip_norm must be above 0"),
+        ({"adam_b2": 1.0}, r"adam_b2 must be in \[0, 1\), got 1.0"),
+        ({"schedule": "linear"}, "schedule must be 'constant' or 'cosine', got 'linear'"),
+        ({"resume": True, "overwrite": True}, "resume and overwrite must not both be given"),
+        ({"prompt_length": 0}, "prompt_length must be at least 1"),
+        ({"gamma": -1}, "gamma must be at least 0, got -1"),
+        ({"temperature": -1.0}, "temperature must be"),
+        (
+            {"target": DecoderConfig(vocab_size=300)},
+            "vocab_size must be the same and hold all 256 bytes, got 300 and 256",
+        ),
+    ],
+)
+def test_bad_input(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TrainDraftConfig(**changes)
+
+
+def test_the_originals_preset():
+    _, config = PRESETS["enwik8"]
+    assert (config.data, config.steps, config.sequence_length) == ("enwik8", 100_000, 512)
+    assert (config.batch_size, config.accumulation, config.learning_rate, config.clip_norm) == (4, 4, 1e-4, 0.5)
+    assert (config.target.dim, config.target.depth, config.draft.depth) == (512, 10, 2)
+    assert (config.target.vocab_size, config.target.heads, config.target.dim_head) == (256, 8, 64)
+    assert (config.gamma, config.prompt_length, config.generate_length) == (5, 128, 512)
+    assert (config.sample_every, config.validate_every) == (500, 100)
+
+
+def rates(config, steps):
+    """The size of Adam's step for a gradient that never changes is the learning rate."""
+    optimizer = config.optimizer()
+    state, sizes = optimizer.init(jnp.zeros(())), []
+    for _ in range(steps):
+        updates, state = optimizer.update(jnp.float32(0.1), state)
+        sizes.append(-float(jnp.asarray(updates)))
+    return sizes
+
+
+def test_learning_rate_schedules():
+    constant = rates(RunConfig(learning_rate=0.01), 3)
+    np.testing.assert_allclose(constant, 0.01, rtol=1e-3)
+    cosine = rates(RunConfig(learning_rate=0.01, schedule="cosine", steps=10, warmup_steps=2), 12)
+    np.testing.assert_allclose(cosine[:3], [0, 0.005, 0.01], rtol=1e-3)
+    assert cosine[11] < 0.002
+    assert all(a > b for a, b in itertools.pairwise(cosine[2:]))
+
+
+def test_clipping_is_by_global_norm():
+    # Adam's first moment after one step is a tenth of what it was given: of (3, 4) clipped from norm 5 to 0.5.
+    gradients = {"a": jnp.array(3.0), "b": jnp.array(4.0)}
+    optimizer = RunConfig().optimizer()
+    _, state = optimizer.update(gradients, optimizer.init(gradients))
+    moment = optax.tree_utils.tree_get(state, "mu")
+    np.testing.assert_allclose([moment["a"], moment["b"]], [0.03, 0.04], rtol=1e-6)
+
+
+def test_differences_name_what_matters():
+    before = as_json(TrainDraftConfig(output=pathlib.Path("a")))
+    assert before["output"] == "a"
+    free = as_json(TrainDraftConfig(output=pathlib.Path("b"), wandb="project", steps=5, gamma=2))
+    assert differences(before, free) == []
+    other = as_json(TrainDraftConfig(target=DecoderConfig(depth=9), seed=4))
+    assert differences(before, other) == ["seed: expected 0, got 4", "target.depth: expected 10, got 9"]
+
+
+def test_steps_matter_to_a_schedule():
+    config = TrainDraftConfig(schedule="cosine", steps=10)
+    longer = dataclasses.replace(config, steps=20)
+    assert differences(as_json(config), as_json(longer)) == ["steps: expected 10, got 20"]

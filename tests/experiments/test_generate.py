@@ -1,0 +1,70 @@
+import io
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+import spec_jax
+from experiments.generate import DRAFTERS, GenerateConfig, generate, load_models
+from experiments.samples import ByteText
+from tests.experiments.runs import tiny_config, train
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    config = tiny_config(folder, steps=8)
+    train(config)
+    return config.output
+
+
+def printed(config):
+    console = Console(file=io.StringIO(), width=200)
+    assert generate(config, console) == 0
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("changes", [{"plain": True}, {"drafter": "none"}, {"gamma": 2}, {"verification": "block"}])
+def test_greedy_text_is_the_same_whatever_drafts(run, changes):
+    config = GenerateConfig(checkpoint=run, prompt="alpha", temperature=0.0, max_new_tokens=20, **changes)
+    target = load_models(run)["target"]
+    result = spec_jax.base_decoding(
+        target, np.array([list(b"alpha")]), max_new_tokens=20, key=jax.random.key(0), sampling=config.sampling
+    )
+    assert printed(config).startswith("alpha" + ByteText().feed(result.tokens[0].tolist(), [""] * 20).plain)
+
+
+def test_a_seed_gives_a_text(run):
+    config = GenerateConfig(checkpoint=run, prompt="alpha", max_new_tokens=20)
+    assert printed(config).splitlines()[:-1] == printed(config).splitlines()[:-1]
+    assert "20 bytes in" in printed(config)
+
+
+def test_an_older_checkpoint(run):
+    old, new = (load_models(run, step)["target"].embed.embedding[...] for step in (4, 8))
+    assert abs(old - new).max() > 0
+
+
+def test_every_drafter_is_offered():
+    assert set(DRAFTERS) == {"draft", "none"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": ""}, "prompt must have at least one byte"),
+        ({"drafter": "oracle"}, "drafter must be one of draft, none, got 'oracle'"),
+        ({"max_new_tokens": -1}, "max_new_tokens must be at least 0, got -1"),
+        ({"gamma": -1}, "gamma must be at least 0, got -1"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
+        ({"top_k": 0}, "top_k must be at least 1"),
+        ({"checkpoint": pathlib.Path("nowhere")}, "checkpoint must be the output folder of a training run"),
+        ({"step": 5}, r"checkpoint must be complete and readable, got .*5"),
+    ],
+)
+def test_bad_input(run, changes, message):
+    with pytest.raises(ValueError, match=message):
+        printed(GenerateConfig(**{"checkpoint": run, "prompt": "a", **changes}))

@@ -1,0 +1,18 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from experiments import check_resume
+
+
+@pytest.mark.slow
+def test_three_killed_runs_end_like_an_undisturbed_one(tmp_path):
+    config = check_resume.CheckConfig(runs=3, kills=2, steps=60, seed=1)
+    console = Console(file=io.StringIO(), width=120)
+    assert check_resume.check(config, tmp_path, console) == 0, console.file
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="runs must be at least 1, got 0"):
+        check_resume.CheckConfig(runs=0)

@@ -1,0 +1,71 @@
+import io
+
+import jax
+import pytest
+from flax import nnx
+from rich.console import Console
+
+import spec_jax
+from experiments.samples import DRAFTED_STYLE, TARGET_STYLE, ByteText, print_samples, printable
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("def f():\n", "def f():\n"),
+        ("a\tb", "a    b"),
+        ("\x1b[31m", "␛[31m"),
+        ("\r\x00\x7f", "␍␀␡"),
+        ("\x9b2J\u202e\u2028\u200b", "�2J���"),
+        ("naïve 日本 🎉", "naïve 日本 🎉"),
+    ],
+)
+def test_nothing_steers_the_terminal(text, shown):
+    assert printable(text) == shown
+
+
+def test_a_character_has_the_style_of_its_last_byte():
+    characters = ByteText()
+    bytes_ = [*"aé".encode(), 0xFF]
+    first = characters.feed(bytes_[:2], ["green", "green"])
+    second = characters.feed(bytes_[2:], ["yellow", "green"])
+    assert (first.plain, second.plain) == ("a", "é�")
+    assert [(second.plain[span.start : span.end], span.style) for span in second.spans] == [
+        ("é", "yellow"),
+        ("�", "green"),
+    ]
+    characters.feed([0xE2], ["green"])
+    assert characters.end().plain == "�"
+
+
+def test_samples_are_what_decoding_gives():
+    config = spec_jax.DecoderConfig(dim=16, depth=1, heads=1, dim_head=16)
+    target, draft = (spec_jax.Decoder(config, rngs=nnx.Rngs(seed)) for seed in (0, 1))
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system="standard")
+    key, prompt = jax.random.key(3), list(b"abc")
+    options = {"max_new_tokens": 24, "sampling": spec_jax.Sampling(temperature=0.0)}
+    print_samples(
+        console,
+        target,
+        spec_jax.SmallModel(draft, gamma=3),
+        prompt,
+        title="step 1",
+        key=key,
+        verification="coupled",
+        **options,
+    )
+    assert isinstance(console.file, io.StringIO)
+    printed = console.file.getvalue()
+    assert "\x1b[32m" in printed or "\x1b[1;33m" in printed
+    assert (DRAFTED_STYLE, TARGET_STYLE) == ("green", "bold yellow")
+    result = spec_jax.base_decoding(target, jax.numpy.array([prompt]), key=key, **options)
+    expected = ByteText()
+    text = expected.feed(result.tokens[0].tolist(), [""] * 24).plain + expected.end().plain
+    plain = Console(file=io.StringIO(), width=80)
+    print_samples(
+        plain, target, spec_jax.SmallModel(draft, gamma=3), prompt, title="step 1", key=key, verification="coupled",
+        **options,
+    )  # fmt: skip
+    assert isinstance(plain.file, io.StringIO)
+    # Greedy decoding is the same with and without a draft.
+    assert plain.file.getvalue().count("abc" + text) == 2

@@ -1,0 +1,63 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from experiments import check_resume
+from experiments.checkpoints import open_run
+from experiments.metrics import read_metrics
+from tests.experiments.runs import tiny_config
+
+
+def start(config, **environment):
+    command = [*check_resume.command(config), "--data", config.data]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "XLA_FLAGS": ""}
+    )
+
+
+def wait_for_steps(process, config):
+    deadline = time.monotonic() + 300
+    while not read_metrics(config.output):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_exits(tmp_path, number):
+    config = tiny_config(tmp_path, steps=1_000_000, checkpoint_every=1_000_000)
+    with start(config) as process:
+        wait_for_steps(process, config)
+        process.send_signal(number)
+        printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + number
+    assert "Stopping after this step" in printed
+    assert "Traceback" not in printed
+    with open_run(config.output) as checkpoints:
+        assert f"Stopped after step {checkpoints.latest:,}; go on with --resume" in printed
+
+
+@pytest.mark.slow
+def test_a_second_interrupt_does_not_wait():
+    """Even while the main thread is inside a call that never looks at signals."""
+    program = (
+        "import threading; from rich.console import Console; from experiments.signals import StopRequest\n"
+        "with StopRequest(Console()) as stop:\n"
+        "    print('ready', flush=True); threading.Lock().acquire(); lock = threading.Lock(); lock.acquire()\n"
+        "    import ctypes; ctypes.PyDLL(None).sleep if False else ctypes.CDLL(None).sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        assert "Stopping after this step" in process.stdout.readline()
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 130
+        assert time.monotonic() - began < 10

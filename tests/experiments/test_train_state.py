@@ -1,0 +1,113 @@
+import typing
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import AxisType
+
+from experiments.train_draft import loss_fn
+from experiments.train_state import (
+    LossFn,
+    TrainState,
+    check_batch,
+    data_mesh,
+    local_copy,
+    make_train_step,
+    replicated,
+    shard_rows,
+)
+from spec_jax import Decoder, DecoderConfig
+from tests.experiments.runs import leaves
+
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(1e-2))
+
+
+def models(seed=0):
+    config = DecoderConfig(dim=16, depth=1, heads=1, dim_head=16)
+    return {name: Decoder(config, rngs=nnx.Rngs(seed + i)) for i, name in enumerate(("target", "draft"))}
+
+
+def tokens(*shape):
+    return np.random.default_rng(0).integers(0, 256, shape).astype(np.int32)
+
+
+def test_loss_falls_and_the_step_is_traced_once():
+    step = make_train_step(typing.cast(LossFn, chex.assert_max_traces(loss_fn, n=2)), OPTIMIZER)
+    state = TrainState.create(models(), OPTIMIZER)
+    batch = jnp.array(tokens(1, 8, 9))
+    reports = []
+    for _ in range(20):
+        state, report = step(state, batch)
+        reports.append(report)
+    losses = [float(report["loss"]) for report in reports]
+    assert losses[-1] < losses[0] - 1
+    assert int(state.step) == 20
+    assert set(reports[0]) == {"loss", "target_loss", "draft_loss"}
+    assert losses[0] == pytest.approx(2 * np.log(256), rel=0.2)
+
+
+def test_state_is_donated():
+    step = make_train_step(loss_fn, OPTIMIZER)
+    before = TrainState.create(models(), OPTIMIZER)
+    after, _ = step(before, jnp.array(tokens(1, 2, 9)))
+    jax.block_until_ready(after)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.models))
+
+
+def test_accumulation_equals_one_large_batch():
+    batch = tokens(8, 9)
+    step = make_train_step(loss_fn, optax.sgd(1.0))
+    results = [
+        step(TrainState.create(models(), optax.sgd(1.0)), jnp.array(batch.reshape(split, -1, 9))) for split in (1, 4)
+    ]
+    for one, four in zip(leaves(results[0]), leaves(results[1]), strict=True):
+        np.testing.assert_allclose(one, four, atol=2e-6)
+
+
+def test_each_model_is_clipped_by_itself():
+    def steep(models, tokens_bt):
+        del tokens_bt
+        loss = 1000 * models["target"].sum() + 0.01 * models["draft"].sum()
+        return loss, {}
+
+    optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(1.0))
+    state = TrainState.create({"target": jnp.zeros(4), "draft": jnp.zeros(4)}, optimizer)
+    state, _ = make_train_step(steep, optimizer)(state, jnp.zeros((1, 2, 3), jnp.int32))
+    np.testing.assert_allclose(state.models["target"], -0.25)
+    np.testing.assert_allclose(state.models["draft"], -0.01)
+
+
+def test_eight_devices_train_as_one():
+    batch = tokens(2, 8, 9)
+    one = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
+    ends = []
+    for mesh in (one, data_mesh()):
+        state = jax.device_put(TrainState.create(models(), optax.sgd(1.0)), replicated(mesh))
+        step = make_train_step(loss_fn, optax.sgd(1.0))
+        rows = shard_rows(batch, mesh, axis=1)
+        state, _ = step(state, rows)
+        state, report = step(state, rows)
+        assert len(rows.addressable_shards) == mesh.size
+        assert rows.addressable_shards[0].data.shape == (2, 8 // mesh.size, 9)
+        assert all(leaf.sharding.is_equivalent_to(replicated(mesh), leaf.ndim) for leaf in jax.tree.leaves(state))
+        ends.append((local_copy(state), float(report["loss"])))
+    assert data_mesh().size == 8
+    assert ends[0][1] == pytest.approx(ends[1][1], rel=1e-5)
+    for a, b in zip(leaves(ends[0][0]), leaves(ends[1][0]), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation", "message"),
+    [
+        (4, 4, "batch_size must be a multiple of the 8 devices, got 4: --batch-size 8 --accumulation 2 is the same"),
+        (3, 1, "batch_size must be a multiple of the 8 devices, got 3$"),
+    ],
+)
+def test_batches_that_devices_cannot_share(batch_size, accumulation, message):
+    with pytest.raises(ValueError, match=message):
+        check_batch(batch_size, accumulation, data_mesh())

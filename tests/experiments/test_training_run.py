@@ -1,0 +1,188 @@
+import dataclasses
+import json
+import os
+import signal
+from typing import Any
+
+import chex
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import train_draft
+from experiments.checkpoints import open_run
+from experiments.metrics import read_metrics
+from experiments.runtime import exit_with
+from experiments.train_state import TrainState
+from experiments.training import NonFiniteLossError, state_parts
+from tests.experiments.runs import leaves, tiny_config, train
+
+
+def checkpoint(config, step):
+    template = TrainState.create(train_draft.make_models(config), config.optimizer())
+    with open_run(config.output) as checkpoints:
+        return leaves(checkpoints.restore(step, state_parts(template)))
+
+
+def steps_kept(config):
+    return sorted(int(path.name) for path in (config.output / "checkpoints").iterdir())
+
+
+def test_a_run_leaves_checkpoints_and_metrics(tmp_path):
+    config = tiny_config(tmp_path, keep_checkpoints=2)
+    code, printed = train(config)
+    assert code == 0
+    assert steps_kept(config) == [8, 12]
+    records = read_metrics(config.output)
+    assert [r["step"] for r in records if "train/loss" in r] == [2, 4, 6, 8, 10, 12]
+    validation = [r for r in records if "validation/target_loss" in r]
+    assert [r["step"] for r in validation] == [4, 8, 12]
+    assert validation[-1]["validation/target_bits_per_byte"] < validation[0]["validation/target_bits_per_byte"]
+    assert validation[0]["validation/draft_bits_per_byte"] == pytest.approx(
+        validation[0]["validation/draft_loss"] / np.log(2)
+    )
+    assert all(r["tokens_per_second"] > 0 for r in records if "tokens_per_second" in r)
+    assert list((config.output / "tensorboard").iterdir())
+    assert "step 12 of 12" in printed
+    assert json.dumps(records)
+
+
+def test_resuming_continues_bit_for_bit(tmp_path):
+    whole = tiny_config(tmp_path)
+    train(whole)
+    parts = tiny_config(tmp_path, output=tmp_path / "parts")
+    stop_soon_after(parts, 5)
+    assert 5 <= steps_kept(parts)[-1] < 12
+    code, _ = train(dataclasses.replace(parts, resume=True))
+    assert code == 0
+    for a, b in zip(checkpoint(whole, 12), checkpoint(parts, 12), strict=True):
+        np.testing.assert_array_equal(a, b)
+    merged = [(r["step"], r["train/loss"]) for r in read_metrics(parts.output) if "train/loss" in r]
+    assert merged == [(r["step"], r["train/loss"]) for r in read_metrics(whole.output) if "train/loss" in r]
+
+
+def stop_soon_after(config, steps):
+    """Ends a run by SIGTERM when so many steps are done."""
+
+    def on_sample(models, text, done, console):
+        if done == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stopping = dataclasses.replace(train_draft.task(config), on_sample=on_sample)
+    code, printed = train(dataclasses.replace(config, sample_every=steps), stopping)
+    assert code == 128 + signal.SIGTERM
+    assert "Stopped after step" in printed
+
+
+def test_the_loss_is_traced_twice_only(tmp_path):
+    """Once with its gradient and once without, whatever the number of steps, validations and checkpoints."""
+    config = tiny_config(tmp_path)
+    # The scan over microbatches evaluates shapes first, which is a trace as well.
+    counted: Any = chex.assert_max_traces(train_draft.loss_fn, n=3)
+    code, _ = train(config, dataclasses.replace(train_draft.task(config), loss_fn=counted))
+    assert code == 0
+
+
+def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+    config = tiny_config(tmp_path, learning_rate=1e30, schedule="cosine", warmup_steps=0, checkpoint_every=1)
+    with pytest.raises(
+        NonFiniteLossError, match=r"after step 1 is (nan|inf), training stopped; there is no checkpoint"
+    ):
+        train(config)
+    assert not list((config.output / "checkpoints").iterdir())
+
+
+def test_nan_late_in_a_run(tmp_path):
+    config = tiny_config(tmp_path)
+
+    first = train_draft.make_models(config)["target"].head.to_logits.kernel[...]
+
+    def poisoned(models, tokens_bt):
+        loss, report = train_draft.loss_fn(models, tokens_bt)
+        far = moved(models["target"].head.to_logits.kernel[...]) > threshold
+        return loss + jnp.where(far, jnp.nan, 0.0), report
+
+    def moved(kernel):
+        return abs(kernel - first).sum()
+
+    good = dataclasses.replace(config, output=tmp_path / "good")
+    train(good)
+    distance = {step: float(moved(output_kernel(good, step))) for step in (4, 8)}
+    threshold = (distance[4] + distance[8]) / 2
+    assert distance[4] < threshold < distance[8]
+    with pytest.raises(NonFiniteLossError, match=r"the loss of step [678] is nan.* checkpoint of step 4 is good"):
+        train(config, dataclasses.replace(train_draft.task(config), loss_fn=poisoned))
+    assert steps_kept(config) == [4]
+    for a, b in zip(checkpoint(config, 4), checkpoint(good, 4), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def output_kernel(config, step):
+    with open_run(config.output) as checkpoints:
+        models = checkpoints.restore(step, {"models": train_draft.make_models(config)})["models"]
+    return models["target"].head.to_logits.kernel[...]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"output": "text.txt/below"}, "output must be a folder that can be written"),
+        ({"output": "run"}, "output must be a folder without a run, .* add --resume"),
+        ({"resume": True, "output": "nothing"}, "checkpoint must be the output folder of a training run"),
+        ({"resume": True, "seed": 5}, r"these fields differ.*\n  seed: expected 0, got 5\n"),
+        ({"resume": True, "data": "other.txt"}, r"\n  text: expected 'text.txt, SHA"),
+        ({"data": "short.txt", "overwrite": True}, "data must have at least sequence_length"),
+        ({"data": "missing.txt", "overwrite": True}, "missing.txt"),
+        ({"batch_size": 3, "overwrite": True}, "batch_size must be a multiple of the 8 devices, got 3"),
+    ],
+)
+def test_bad_input_before_any_compute(changes, message, finished):
+    folder = finished
+    changes = {k: folder / v if k == "output" else str(folder / v) if k == "data" else v for k, v in changes.items()}
+
+    def no_compute(*_):
+        raise AssertionError("computed before checking")
+
+    config = tiny_config(folder, **changes)
+    task = dataclasses.replace(train_draft.task(config), loss_fn=no_compute, make_models=no_compute)
+    before = sorted(path.name for path in (folder / "run").rglob("*"))
+    with pytest.raises(ValueError, match=message):
+        train(config, task)
+    assert sorted(path.name for path in (folder / "run").rglob("*")) == before
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with a finished run."""
+    folder = tmp_path_factory.mktemp("finished")
+    train(tiny_config(folder, steps=4))
+    (folder / "short.txt").write_text("too short")
+    (folder / "other.txt").write_bytes((folder / "text.txt").read_bytes() + b"!")
+    return folder
+
+
+def test_overwrite_replaces_a_run(tmp_path):
+    config = tiny_config(tmp_path, steps=4)
+    train(config)
+    (config.output / "notes.txt").write_text("mine")
+    code, _ = train(dataclasses.replace(config, overwrite=True, steps=8))
+    assert code == 0
+    assert steps_kept(config) == [4, 8]
+    assert (config.output / "notes.txt").read_text() == "mine"
+
+
+def test_wandb_that_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    with pytest.raises(ValueError, match="wandb must be installed"):
+        train(tiny_config(tmp_path, wandb="project"))
+
+
+@pytest.mark.parametrize(("error", "code"), [(ValueError("bad"), 2), (NonFiniteLossError("nan"), 3)])
+def test_exit_codes(error, code, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        exit_with(main)
+    assert caught.value.code == code
+    assert f"error: {error}" in capsys.readouterr().err
