@@ -1,0 +1,105 @@
+"""Everything about a layer that is not a weight."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from moe_jax.dispatch import DISPATCHES, Dispatch
+from moe_jax.experts import Activation, Init, gelu
+from moe_jax.routing import Router, SlotOrder, TopN, one_of
+from moe_jax.slots import SLOT_ORDERS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """Configuration of a mixture-of-experts layer. Frozen and hashable; checked when it is made.
+
+    Args:
+      dim: D, width of the hidden states.
+      num_experts: E.
+      router: who chooses whom: `TopN`, `CoordinateDescent`, `ExpertChoice`, or your own.
+      capacity_factor_train: floor(group tokens * factor / E) slots per expert; None for no limit.
+      capacity_factor_eval: the same, in evaluation.
+      min_capacity: lower bound on the slots per expert (never more than there are tokens in the group).
+      group_size: tokens that share a capacity: "batch", "sequence" or a number.
+      slot_order: who gets the slots: "token" (causal), "choice" or "priority"; see `assign_slots`.
+      dispatch: "dense", "index" or "ragged". "ragged" is dropless: it ignores the capacity, unless the router is
+        defined by it. "index" without a capacity is dropless too, but reserves a slot per token and expert.
+      straight_through: whether dispatching passes a gradient to the gates, as the original does.
+      gumbel_noise: scale of the Gumbel noise on the logits that choose, in training.
+      input_jitter: the logits that choose are computed from hidden states times uniform(1 - jitter, 1 + jitter), in
+        training.
+      balance_coef: weight of the balance loss.
+      router_z_coef: weight of the router z-loss.
+      hidden_mult: F is int(dim * hidden_mult * 2 / 3), as many weights as a plain feed-forward of that multiple.
+      hidden: F itself, if not by that rule.
+      num_shared_experts: experts that every token passes through besides those it is routed to, with gate 1.
+      bias: whether the experts' products have biases.
+      mult_bias: whether the experts have the multiplicative bias after the gate.
+      activation: of the experts' gates.
+      init: initial weights, "paper" or "original".
+      param_dtype: dtype of the weights.
+
+    Raises:
+      ValueError: an argument is out of range or of an unknown name.
+    """
+
+    dim: int
+    num_experts: int = 16
+    router: Router = dataclasses.field(default_factory=TopN)
+    capacity_factor_train: float | None = 1.25
+    capacity_factor_eval: float | None = 2.0
+    min_capacity: int = 4
+    group_size: int | str = "sequence"
+    slot_order: SlotOrder = "token"
+    dispatch: Dispatch = "index"
+    straight_through: bool = False
+    gumbel_noise: float = 0.0
+    input_jitter: float = 0.0
+    balance_coef: float = 1e-2
+    router_z_coef: float = 1e-3
+    hidden_mult: float = 4.0
+    hidden: int | None = None
+    num_shared_experts: int = 0
+    bias: bool = True
+    mult_bias: bool = True
+    activation: Activation = gelu
+    init: Init = "paper"
+    param_dtype: jnp.dtype | type = jnp.float32
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "dim", "num_experts", "expert_hidden")
+        _at_least(self, 0, "min_capacity", "gumbel_noise", "balance_coef", "router_z_coef", "num_shared_experts")
+        one_of("slot_order", self.slot_order, SLOT_ORDERS)
+        one_of("dispatch", self.dispatch, DISPATCHES)
+        one_of("init", self.init, ("paper", "original"))
+        if isinstance(self.group_size, str):
+            one_of("group_size", self.group_size, ("batch", "sequence"))
+        else:
+            _at_least(self, 1, "group_size")
+        if not 0 <= self.input_jitter < 1:
+            raise ValueError(f"input_jitter must be in [0, 1), got {self.input_jitter}")
+        for name in ("capacity_factor_train", "capacity_factor_eval"):
+            factor = getattr(self, name)
+            if factor is None and self.router.needs_capacity:
+                raise ValueError(f"{name} must be a number for {type(self.router).__name__}, got None")
+            if factor is not None and factor <= 0:
+                raise ValueError(f"{name} must be positive or None, got {factor}")
+        self.router.check(self.num_experts)
+
+    @property
+    def expert_hidden(self) -> int:
+        """F, the hidden width of an expert."""
+        return int(self.dim * self.hidden_mult * 2 / 3) if self.hidden is None else self.hidden
+
+    def capacity_factor(self, *, train: bool) -> float | None:
+        """The factor in force, None where nothing is dropped."""
+        if self.dispatch == "ragged" and not self.router.needs_capacity:
+            return None
+        return self.capacity_factor_train if train else self.capacity_factor_eval
+
+
+def _at_least(config: MoEConfig, least: int, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < least:
+            raise ValueError(f"{name} must be at least {least}, got {getattr(config, name)}")

@@ -1,0 +1,157 @@
+"""Weights from the PyTorch package st-moe-pytorch."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from moe_jax.config import MoEConfig
+from moe_jax.coordinate_descent import CoordinateDescent
+from moe_jax.dispatch import Dispatch
+from moe_jax.experts import Experts, FeedForward
+from moe_jax.layer import MoE, SparseMoEBlock
+from moe_jax.routing import SlotOrder, TopN
+
+StateDict = Mapping[str, Any]
+
+
+def config_from_torch(
+    *,
+    dim: int,
+    num_experts: int = 16,
+    expert_hidden_mult: float = 4,
+    threshold_train: float | tuple[float, ...] = 0.2,
+    threshold_eval: float | tuple[float, ...] = 0.2,
+    capacity_factor_train: float = 1.25,
+    capacity_factor_eval: float = 2.0,
+    gating_top_n: int = 2,
+    balance_loss_coef: float = 1e-2,
+    router_z_loss_coef: float = 1e-3,
+    straight_through_dispatch_tensor: bool = True,
+    differentiable_topk: bool = False,
+    slot_order: SlotOrder = "choice",
+    dispatch: Dispatch = "index",
+) -> MoEConfig:
+    """The configuration that an st-moe-pytorch `MoE` with these arguments corresponds to.
+
+    Args are the original's, with its defaults, and two of ours: `slot_order` (the original's is "choice") and
+    `dispatch`. Unlike the original, evaluation is deterministic, and `differentiable_topk` keeps the router's gates.
+    """
+    router = CoordinateDescent if differentiable_topk else TopN
+    return MoEConfig(
+        dim=dim,
+        num_experts=num_experts,
+        router=router(n=gating_top_n, threshold_train=threshold_train, threshold_eval=threshold_eval),
+        capacity_factor_train=capacity_factor_train,
+        capacity_factor_eval=capacity_factor_eval,
+        slot_order=slot_order,
+        dispatch=dispatch,
+        straight_through=straight_through_dispatch_tensor,
+        balance_coef=balance_loss_coef,
+        router_z_coef=router_z_loss_coef,
+        hidden_mult=expert_hidden_mult,
+        init="original",
+    )
+
+
+def moe_from_torch(state_dict: StateDict, **args: Any) -> MoE:
+    """An `MoE` with the weights of an st-moe-pytorch `MoE`.
+
+    Args:
+      state_dict: its state dict, of arrays or CPU tensors. Thresholds in it are not read: they are configuration.
+      **args: of `config_from_torch`: the original's constructor arguments.
+
+    Raises:
+      ValueError: a weight is missing, left over or of the wrong shape.
+    """
+    moe = MoE(config_from_torch(**args), rngs=nnx.Rngs(0))
+    weights = _Weights(state_dict)
+    _load_moe(moe, weights, "")
+    weights.check_all_used()
+    return moe
+
+
+def block_from_torch(
+    state_dict: StateDict, *, add_ff_before: bool = False, add_ff_after: bool = True, **args: Any
+) -> SparseMoEBlock:
+    """A `SparseMoEBlock` with the weights of an st-moe-pytorch `SparseMoEBlock`.
+
+    Args:
+      state_dict: its state dict, of arrays or CPU tensors.
+      add_ff_before: as in the original's constructor.
+      add_ff_after: as in the original's constructor.
+      **args: of `config_from_torch`: the constructor arguments of the original's `MoE`.
+
+    Raises:
+      ValueError: a weight is missing, left over or of the wrong shape.
+    """
+    rngs = nnx.Rngs(0)
+    moe = MoE(config_from_torch(**args), rngs=rngs)
+    # The original's block gives its feed-forwards the default multiple, whatever the experts have.
+    if moe.config.hidden_mult != 4 and (add_ff_before or add_ff_after):
+        raise ValueError(f"expert_hidden_mult must be 4 in a block, got {moe.config.hidden_mult}")
+    block = SparseMoEBlock(moe, add_ff_before=add_ff_before, add_ff_after=add_ff_after, rngs=rngs)
+    weights = _Weights(state_dict)
+    _load_moe(moe, weights, "moe.")
+    weights.into(block.norm_moe.scale_d, "moe_prenorm.gamma")
+    for name, norm, ff in (
+        ("ff_before", block.norm_before, block.ff_before),
+        ("ff_after", block.norm_after, block.ff_after),
+    ):
+        if norm is not None and ff is not None:
+            weights.into(norm.scale_d, f"{name}.net.0.gamma")
+            _load_feed_forward(ff, weights, f"{name}.net.", first=1)
+    weights.check_all_used()
+    return block
+
+
+class _Weights:
+    """A state dict that remembers what was taken from it."""
+
+    def __init__(self, state_dict: StateDict) -> None:
+        self.arrays = {name: np.asarray(array) for name, array in state_dict.items()}
+        self.left = {name for name in self.arrays if "threshold" not in name}
+
+    def take(self, name: str) -> np.ndarray:
+        if name not in self.arrays:
+            raise ValueError(f"state_dict must have {name!r}, got {', '.join(sorted(self.arrays))}")
+        self.left.discard(name)
+        return self.arrays[name]
+
+    def into(self, param: nnx.Param | None, *names: str, stacked: bool = False) -> None:
+        """Copies the named arrays, matrices transposed to (in, out), into a parameter."""
+        if param is None:
+            raise ValueError(f"{names[0]} has no parameter to go to")
+        arrays = [self.take(name).T for name in names]
+        value = np.stack(arrays) if stacked else arrays[0]
+        if value.shape != param.shape:
+            raise ValueError(f"{names[0]} must make up {param.shape}, got {value.shape}")
+        param[...] = jnp.asarray(value, param.dtype)
+
+    def check_all_used(self) -> None:
+        if self.left:
+            raise ValueError(f"state_dict must fit the arguments, got left over: {', '.join(sorted(self.left))}")
+
+
+def _load_moe(moe: MoE, weights: _Weights, prefix: str) -> None:
+    weights.into(moe.router_de, f"{prefix}gate.to_gates.weight")
+    experts: Experts = moe.experts
+
+    def names(suffix: str) -> list[str]:
+        return [f"{prefix}experts.experts.{e}.net.{suffix}" for e in range(moe.config.num_experts)]
+
+    weights.into(experts.w_in_edf, *names("0.weight"), stacked=True)
+    weights.into(experts.b_in_ef, *names("0.bias"), stacked=True)
+    weights.into(experts.mult_bias_ef, *names("1.mult_bias"), stacked=True)
+    weights.into(experts.w_out_efd, *names("2.weight"), stacked=True)
+    weights.into(experts.b_out_ed, *names("2.bias"), stacked=True)
+
+
+def _load_feed_forward(ff: FeedForward, weights: _Weights, prefix: str, *, first: int) -> None:
+    weights.into(ff.w_in_df, f"{prefix}{first}.weight")
+    weights.into(ff.b_in_f, f"{prefix}{first}.bias")
+    weights.into(ff.mult_bias_f, f"{prefix}{first + 1}.mult_bias")
+    weights.into(ff.w_out_fd, f"{prefix}{first + 2}.weight")
+    weights.into(ff.b_out_d, f"{prefix}{first + 2}.bias")

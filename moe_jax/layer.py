@@ -1,0 +1,255 @@
+"""The layers: `MoE`, and `SparseMoEBlock` around it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+
+from moe_jax.config import MoEConfig
+from moe_jax.dispatch import mixture
+from moe_jax.experts import Experts, FeedForward, initial_weights
+from moe_jax.losses import Metrics, balance_loss, metrics, router_totals, router_z_loss
+from moe_jax.noise import RouterNoise, draw_noise
+from moe_jax.router_bias import RouterBias
+from moe_jax.routing import Choice, RouterInputs, Routing
+from moe_jax.slots import assign_slots, token_groups
+
+
+@struct.dataclass
+class MoEOutput:
+    """What a layer returns.
+
+    Attributes:
+      outputs: the shape and dtype of the input; zero at padding (of `MoE`; a block passes its residual).
+      total_aux_loss: (), the two weighted losses together. Add it to the training loss. Zero in evaluation.
+      balance_loss: (), raw: 1 when uniform, E when collapsed. Also in evaluation.
+      router_z_loss: (), raw. Also in evaluation.
+      metrics: see `Metrics`.
+      weighted_balance_loss: (), `balance_coef` times the raw one. Zero in evaluation.
+      weighted_router_z_loss: (), `router_z_coef` times the raw one. Zero in evaluation.
+    """
+
+    outputs: jax.Array
+    total_aux_loss: jax.Array
+    balance_loss: jax.Array
+    router_z_loss: jax.Array
+    metrics: Metrics
+    weighted_balance_loss: jax.Array
+    weighted_router_z_loss: jax.Array
+
+
+class MoE(nnx.Module):
+    """A mixture of experts.
+
+    Weights: `router_de` (D, E), `experts`, `shared` (a feed-forward as wide as all shared experts together, or None)
+    and `router_bias_e` (E,) where the router has one.
+
+    Args:
+      config: see `MoEConfig`.
+      rngs: for the initial weights; not kept.
+    """
+
+    def __init__(self, config: MoEConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        expert = {
+            "rngs": rngs,
+            "bias": config.bias,
+            "mult_bias": config.mult_bias,
+            "activation": config.activation,
+            "init": config.init,
+            "param_dtype": config.param_dtype,
+        }
+        shape = (config.dim, config.num_experts)
+        self.router_de = nnx.Param(_initial_router(rngs.params(), shape, config))
+        self.experts = Experts(config.num_experts, config.dim, config.expert_hidden, **expert)
+        shared_hidden = config.num_shared_experts * config.expert_hidden
+        self.shared = FeedForward(config.dim, shared_hidden, **expert) if shared_hidden else None
+        biased = config.router.selection_bias
+        self.router_bias_e = RouterBias(jnp.zeros(config.num_experts)) if biased else None
+
+    def __call__(
+        self, x: jax.Array, *, train: bool, key: jax.Array | None = None, mask: jax.Array | None = None
+    ) -> MoEOutput:
+        """Routes every token to its experts and sums what they make of it.
+
+        Args:
+          x: (B, N, D) sequences, or (T, D) for one sequence. Any float dtype; routing is at least float32.
+          train: whether noise, training policies and training capacity apply. Static.
+          key: a PRNG key, where the configuration asks for randomness.
+          mask: (B, N) or (T,) bool, false for padding: not routed, without capacity, loss, metric or output.
+
+        Raises:
+          ValueError: a shape or dtype does not fit, or the key is missing.
+        """
+        check_call(self.config, x, mask)
+        x_td = x.reshape(-1, x.shape[-1])
+        mask_t = jnp.ones(x_td.shape[0], bool) if mask is None else mask.reshape(-1)
+        if mask is not None:
+            x_td = jnp.where(mask_t[:, None], x_td, 0)
+        noise = draw_noise(
+            key, self.config, tokens=x_td.shape[0], train=train, dtype=jnp.promote_types(x.dtype, jnp.float32)
+        )
+        inputs = router_inputs(self, x_td, mask_t, noise)
+        choice, routing = self.route(inputs, sequence_length=x.shape[-2], train=train)
+        outputs_td = mixture(
+            x_td,
+            routing,
+            self.experts,
+            dispatch=self.config.dispatch,
+            straight_through=self.config.straight_through,
+        )
+        if self.shared is not None:
+            outputs_td = outputs_td + jnp.where(mask_t[:, None], self.shared(x_td), 0)
+        totals = router_totals(inputs.logits_te, choice, routing, mask_t)
+        balance, router_z = balance_loss(totals), router_z_loss(totals)
+        weighted_balance = balance * self.config.balance_coef * train
+        weighted_router_z = router_z * self.config.router_z_coef * train
+        return MoEOutput(
+            outputs=outputs_td.astype(x.dtype).reshape(x.shape),
+            total_aux_loss=weighted_balance + weighted_router_z,
+            balance_loss=balance,
+            router_z_loss=router_z,
+            metrics=metrics(totals),
+            weighted_balance_loss=weighted_balance,
+            weighted_router_z_loss=weighted_router_z,
+        )
+
+    def route(self, inputs: RouterInputs, *, sequence_length: int, train: bool) -> tuple[Choice, Routing]:
+        """What the tokens ask for, and what they get."""
+        config = self.config
+        choice = config.router.choose(inputs, train=train)
+        routing = assign_slots(
+            choice,
+            token_groups(inputs.mask_t, sequence_length, config.group_size),
+            num_experts=config.num_experts,
+            capacity_factor=config.capacity_factor(train=train),
+            min_capacity=config.min_capacity,
+            slot_order=config.router.slot_order or config.slot_order,
+        )
+        return choice, routing
+
+
+class RMSNorm(nnx.Module):
+    """Hidden states over their root mean square, times a learned scale `scale_d` (D,). At least float32 inside."""
+
+    def __init__(self, dim: int, *, param_dtype: jnp.dtype | type = jnp.float32) -> None:
+        self.scale_d = nnx.Param(jnp.ones(dim, param_dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(..., D) to (..., D)."""
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        normal = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + 1e-12)
+        scale = self.scale_d[...].reshape((1,) * (x.ndim - 1) + (-1,))
+        return (normal * scale).astype(x.dtype)
+
+
+class SparseMoEBlock(nnx.Module):
+    """A residual mixture of experts on normed input, with residual feed-forwards before and after if wanted.
+
+    Args:
+      moe: the mixture; the feed-forwards take their width and options from its configuration.
+      add_ff_before: whether a normed feed-forward comes first.
+      add_ff_after: whether one comes last.
+      rngs: for the initial weights of the feed-forwards; not kept. Not needed without feed-forwards.
+
+    Raises:
+      ValueError: `rngs` is missing.
+
+    Source: ST-MoE 2202.08906 appendix C: the extra dense layers stabilise training.
+    """
+
+    def __init__(
+        self,
+        moe: MoE,
+        *,
+        add_ff_before: bool = False,
+        add_ff_after: bool = True,
+        rngs: nnx.Rngs | None = None,
+    ) -> None:
+        config = moe.config
+        if rngs is None and (add_ff_before or add_ff_after):
+            raise ValueError("rngs must be nnx.Rngs when a feed-forward is added, got None")
+
+        def feed_forward(wanted: bool) -> FeedForward | None:
+            if rngs is None or not wanted:
+                return None
+            return FeedForward(
+                config.dim,
+                config.expert_hidden,
+                rngs=rngs,
+                bias=config.bias,
+                mult_bias=config.mult_bias,
+                activation=config.activation,
+                init=config.init,
+                param_dtype=config.param_dtype,
+            )
+
+        def norm(wanted: bool) -> RMSNorm | None:
+            return RMSNorm(config.dim, param_dtype=config.param_dtype) if wanted else None
+
+        self.norm_before, self.ff_before = norm(add_ff_before), feed_forward(add_ff_before)
+        self.norm_moe, self.moe = RMSNorm(config.dim, param_dtype=config.param_dtype), moe
+        self.norm_after, self.ff_after = norm(add_ff_after), feed_forward(add_ff_after)
+
+    def __call__(
+        self, x: jax.Array, *, train: bool, key: jax.Array | None = None, mask: jax.Array | None = None
+    ) -> MoEOutput:
+        """As `MoE.__call__`, with residuals: padding keeps its own."""
+        check_call(self.moe.config, x, mask)
+        if self.norm_before is not None and self.ff_before is not None:
+            x = x + self.ff_before(self.norm_before(x))
+        out = self.moe(self.norm_moe(x), train=train, key=key, mask=mask)
+        x = x + out.outputs
+        if self.norm_after is not None and self.ff_after is not None:
+            x = x + self.ff_after(self.norm_after(x))
+        return dataclasses.replace(out, outputs=x)
+
+
+def router_inputs(moe: MoE, x_td: jax.Array, mask_t: jax.Array, noise: RouterNoise) -> RouterInputs:
+    """Logits for weighting and for choosing, at least float32 and at full precision on every backend.
+
+    Args:
+      moe: whose router.
+      x_td: (T, D), zero at padding.
+      mask_t: (T,) bool.
+      noise: from `draw_noise`, for these tokens.
+    """
+    dtype = jnp.promote_types(x_td.dtype, jnp.float32)
+    x_td = x_td.astype(dtype)
+    router_de = moe.router_de[...].astype(dtype)
+
+    def logits(x_td: jax.Array) -> jax.Array:
+        return jnp.matmul(x_td, router_de, precision=jax.lax.Precision.HIGHEST)
+
+    logits_te = logits(x_td)
+    selection_te = logits_te if noise.jitter_td is None else logits(x_td * noise.jitter_td)
+    if noise.gumbel_te is not None:
+        selection_te = selection_te + noise.gumbel_te
+    bias_e = None if moe.router_bias_e is None else jax.lax.stop_gradient(moe.router_bias_e[...])
+    return RouterInputs(
+        logits_te=logits_te,
+        selection_logits_te=selection_te,
+        mask_t=mask_t,
+        uniform_ta=noise.uniform_ta,
+        bias_e=bias_e,
+    )
+
+
+def check_call(config: MoEConfig, x: jax.Array, mask: jax.Array | None) -> None:
+    """Raises ValueError when the input or the mask does not fit the layer."""
+    got = f"{x.shape} {x.dtype}"
+    if x.ndim not in (2, 3) or x.shape[-1] != config.dim or 0 in x.shape:
+        raise ValueError(f"x must be (B, N, {config.dim}) or (T, {config.dim}) and not empty, got {got}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x must be floating point, got {got}")
+    if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != jnp.bool_):
+        raise ValueError(f"mask must be {x.shape[:-1]} bool, got {mask.shape} {mask.dtype}")
+
+
+def _initial_router(key: jax.Array, shape: tuple[int, int], config: MoEConfig) -> jax.Array:
+    if config.init == "paper":
+        return initial_weights(key, shape, init="paper", dtype=config.param_dtype)
+    # The original's router is a plain torch.nn.Linear: uniform in +-1 / sqrt(in).
+    bound = shape[0] ** -0.5
+    return jax.random.uniform(key, shape, config.param_dtype, -bound, bound)

@@ -1,0 +1,26 @@
+"""Balancing without an auxiliary loss: a bias that steers the choice and never touches the gates."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class RouterBias(nnx.Variable):
+    """The selection bias of a router, (E,) float32. Not an `nnx.Param`: no gradient and no weight decay is for it."""
+
+
+def updated_router_bias(bias_e: jax.Array, load_e: jax.Array, rate: float = 1e-3) -> jax.Array:
+    """The bias for the next step: overloaded experts down by `rate`, underloaded ones up.
+
+    Args:
+      bias_e: (E,) float.
+      load_e: (E,) each expert's share of the assignments of this step, before capacity (`Metrics.load_e`); over a
+        mesh, of all devices.
+      rate: step in units of the scores.
+
+    Returns:
+      (E,) float, a new array.
+
+    Source: DeepSeek-V3 2412.19437 section 2.1.2; Wang et al. 2408.15664 algorithm 1.
+    """
+    return bias_e + rate * jnp.sign(load_e.mean() - load_e)

@@ -1,0 +1,298 @@
+"""Who goes where: router logits in, `Choice` (what the tokens ask for) and `Routing` (what they get) out.
+
+Everything here is integers and at least float32, whatever the dtype of the hidden states. A router is a frozen
+dataclass with a `choose` function; `moe_jax.slots.assign_slots` turns its `Choice` into a `Routing`, so that capacity,
+groups, masks and slot orders work alike for every router.
+"""
+
+import dataclasses
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+Policy = Literal["all", "none", "threshold", "random"]
+Score = Literal["softmax", "sigmoid"]
+SlotOrder = Literal["token", "choice", "priority"]
+
+# Keeps a sum of scores that all underflowed from dividing by zero; a softmax never comes near it.
+SMALLEST_SUM = 1e-9
+
+
+@struct.dataclass
+class Choice:
+    """What the tokens ask for, before capacity.
+
+    Attributes:
+      expert_index_ta: (T, A) int32 in [0, E), the candidates of each token, best first.
+      gate_ta: (T, A) float, the weight of each candidate's output in the sum. Differentiable.
+      wanted_ta: (T, A) bool, whether the candidate is asked for at all. Never true for padding.
+      priority_ta: (T, A) float, who is served first under slot order "priority": larger first.
+      first_expert_t: (T,) int32, the favourite expert, which the balance loss counts.
+      probs_te: (T, E) float, un-noised router probabilities, each row summing to 1. Differentiable.
+    """
+
+    expert_index_ta: jax.Array
+    gate_ta: jax.Array
+    wanted_ta: jax.Array
+    priority_ta: jax.Array
+    first_expert_t: jax.Array
+    probs_te: jax.Array
+
+
+@struct.dataclass
+class Routing:
+    """What the tokens get.
+
+    Expert e has `num_groups * capacity` slots: group g's are `[g * capacity, (g + 1) * capacity)`, filled from the
+    front without gaps.
+
+    Attributes:
+      expert_index_ta: (T, A) int32 in [0, E).
+      gate_ta: (T, A) float. Zero where not kept, so that a sum over A needs no mask.
+      keep_ta: (T, A) bool, asked for and within capacity.
+      slot_ta: (T, A) int32 in [0, num_groups * capacity), the slot within the expert. Means nothing where not kept.
+      count_eg: (E, G) int32, slots in use per expert and group.
+      available_eg: (E, G) int32, slots that the capacity factor allows (at most `capacity`; fewer in a padded group).
+      capacity: slots per expert and group. Static.
+    """
+
+    expert_index_ta: jax.Array
+    gate_ta: jax.Array
+    keep_ta: jax.Array
+    slot_ta: jax.Array
+    count_eg: jax.Array
+    available_eg: jax.Array
+    capacity: int = struct.field(pytree_node=False)
+
+
+@struct.dataclass
+class RouterInputs:
+    """What a router chooses from.
+
+    Attributes:
+      logits_te: (T, E) float, un-noised: these weight the outputs and enter the losses.
+      selection_logits_te: (T, E) float, with noise in training: these decide who is chosen.
+      mask_t: (T,) bool, false for padding.
+      uniform_ta: (T, A) float in [0, 1) for the policy "random", or None where it is not in use.
+      bias_e: (E,) float added to the scores for choosing only, or None.
+    """
+
+    logits_te: jax.Array
+    selection_logits_te: jax.Array
+    mask_t: jax.Array
+    uniform_ta: jax.Array | None = None
+    bias_e: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Router:
+    """What `MoE` needs to know of a router; a new router is a subclass with its own `choose`."""
+
+    @property
+    def slot_order(self) -> SlotOrder | None:
+        """The only order in which this router may fill slots, or None for any."""
+        return None
+
+    @property
+    def needs_capacity(self) -> bool:
+        """Whether the capacity is part of the router, so that even a dropless dispatch respects it."""
+        return False
+
+    @property
+    def selection_bias(self) -> bool:
+        """Whether the layer holds a bias that steers the choice, for `RouterInputs.bias_e`."""
+        return False
+
+    def num_choices(self, num_experts: int) -> int:
+        """A, the number of candidates per token."""
+        raise NotImplementedError
+
+    def draws(self, *, train: bool) -> bool:
+        """Whether `choose` needs `uniform_ta`."""
+        return False
+
+    def check(self, num_experts: int) -> None:
+        """Raises ValueError when the router cannot serve this many experts."""
+
+    def choose(self, inputs: RouterInputs, *, train: bool) -> Choice:
+        """Candidates, gates and probabilities of every token."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TopN(Router):
+    """Each token's n best experts: the first always, the others by a policy on their normalised gates.
+
+    Args:
+      n: candidates per token. With one candidate the gate is its score, as in Switch: normalised it would always be
+        1, and the router would learn nothing.
+      score: "softmax" over the experts, or "sigmoid" of each logit (DeepSeek-V3), normalised over the candidates.
+      policy_train: for every rank after the first: "all" takes it, "none" does not, "threshold" takes it when
+        gate >= threshold, "random" with probability min(1, gate / threshold).
+      policy_eval: the same, in evaluation.
+      threshold_train: in (0, 1], one for all ranks after the first or a tuple of n - 1.
+      threshold_eval: the same, in evaluation.
+      bias: whether the layer holds a bias for auxiliary-loss-free balancing (see `moe_jax.router_bias`).
+      expert_groups: number of equal groups of neighbouring experts; 1 for no grouping.
+      expert_groups_kept: how many groups a token may choose from, by the sum of each group's two best scores.
+
+    Raises:
+      ValueError: an argument is out of range.
+
+    Source: Shazeer et al. 2018 (Mesh-TensorFlow `moe.py`, policies); ST-MoE 2202.08906 section 2;
+      DeepSeek-V3 2412.19437 equations 12 to 16 (sigmoid, bias, groups).
+    """
+
+    n: int = 2
+    score: Score = "softmax"
+    policy_train: Policy = "random"
+    policy_eval: Policy = "threshold"
+    threshold_train: float | tuple[float, ...] = 0.2
+    threshold_eval: float | tuple[float, ...] = 0.2
+    bias: bool = False
+    expert_groups: int = 1
+    expert_groups_kept: int = 1
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise ValueError(f"n must be at least 1, got {self.n}")
+        one_of("score", self.score, get_args(Score))
+        for name in ("policy_train", "policy_eval"):
+            one_of(name, getattr(self, name), get_args(Policy))
+        for name in ("threshold_train", "threshold_eval"):
+            _check_thresholds(name, getattr(self, name), self.n)
+        if not 1 <= self.expert_groups_kept <= self.expert_groups:
+            raise ValueError(
+                "expert_groups_kept must be between 1 and expert_groups, "
+                f"got {self.expert_groups_kept} of {self.expert_groups}"
+            )
+
+    @property
+    def selection_bias(self) -> bool:
+        """Whether the layer holds a bias that steers the choice."""
+        return self.bias
+
+    def num_choices(self, num_experts: int) -> int:
+        """A, the number of candidates per token."""
+        return self.n
+
+    def draws(self, *, train: bool) -> bool:
+        """Whether `choose` needs `uniform_ta`."""
+        return self.n > 1 and self._policy(train) == "random"
+
+    def check(self, num_experts: int) -> None:
+        """Raises ValueError when n or the groups do not fit the number of experts."""
+        if self.n > num_experts:
+            raise ValueError(f"n must be at most num_experts ({num_experts}), got {self.n}")
+        if num_experts % self.expert_groups:
+            raise ValueError(f"expert_groups must divide num_experts ({num_experts}), got {self.expert_groups}")
+        reachable = num_experts // self.expert_groups * self.expert_groups_kept
+        if self.n > reachable:
+            raise ValueError(f"n must be at most the {reachable} experts of the kept groups, got {self.n}")
+
+    def choose(self, inputs: RouterInputs, *, train: bool) -> Choice:
+        """Candidates, gates and probabilities of every token.
+
+        Args:
+          inputs: logits, mask, and the uniform numbers that "random" compares with.
+          train: which policy and thresholds to use. Static.
+
+        Returns:
+          A `Choice` with A = n, best candidate first.
+        """
+        score = jax.nn.softmax if self.score == "softmax" else jax.nn.sigmoid
+        scores_te = score(inputs.logits_te)
+        selection_te = score(inputs.selection_logits_te)
+        steered_te = selection_te if inputs.bias_e is None else selection_te + inputs.bias_e[None]
+        steered_te = limit_to_groups(steered_te, self.expert_groups, self.expert_groups_kept)
+        expert_index_ta = jax.lax.top_k(jax.lax.stop_gradient(steered_te), self.n)[1]
+        score_ta = jnp.take_along_axis(self.weights(scores_te, selection_te), expert_index_ta, axis=1)
+        share_ta = normalized(score_ta)
+        wanted_ta = wanted_ranks(share_ta, self._policy(train), self._thresholds(train), inputs.uniform_ta)
+        top_score_t1 = jnp.take_along_axis(scores_te, expert_index_ta[:, :1], axis=1)
+        return Choice(
+            expert_index_ta=expert_index_ta,
+            gate_ta=share_ta if self.n > 1 else score_ta,
+            wanted_ta=wanted_ta & inputs.mask_t[:, None],
+            priority_ta=jnp.broadcast_to(top_score_t1, score_ta.shape),
+            first_expert_t=expert_index_ta[:, 0],
+            probs_te=scores_te if self.score == "softmax" else normalized(scores_te),
+        )
+
+    def weights(self, scores_te: jax.Array, selection_te: jax.Array) -> jax.Array:
+        """(T, E) scores whose chosen entries become gates; a relaxation of the choice overrides this."""
+        return scores_te
+
+    def _policy(self, train: bool) -> Policy:
+        return self.policy_train if train else self.policy_eval
+
+    def _thresholds(self, train: bool) -> tuple[float, ...]:
+        threshold = self.threshold_train if train else self.threshold_eval
+        return threshold if isinstance(threshold, tuple) else (threshold,) * (self.n - 1)
+
+
+def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raises ValueError when `value` is not one of the allowed names."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def normalized(scores: jax.Array) -> jax.Array:
+    """Scores divided by their sum over the last axis; all zero where the sum underflows."""
+    return scores / jnp.maximum(scores.sum(-1, keepdims=True), SMALLEST_SUM)
+
+
+def wanted_ranks(
+    share_ta: jax.Array, policy: Policy, thresholds: tuple[float, ...], uniform_ta: jax.Array | None
+) -> jax.Array:
+    """(T, A) bool: which candidates a token asks for. The first always.
+
+    Args:
+      share_ta: (T, A) gates normalised over the candidates.
+      policy: what decides about the ranks after the first, with A - 1 thresholds.
+      thresholds: one for each of them.
+      uniform_ta: (T, A) in [0, 1); only "random" reads it, and only its columns after the first.
+    """
+    first_t1 = jnp.ones_like(share_ta[:, :1], bool)
+    later = share_ta[:, 1:]
+    threshold_1a = jnp.asarray(thresholds, share_ta.dtype)[None]
+    if policy == "all":
+        wanted = jnp.ones_like(later, bool)
+    elif policy == "none":
+        wanted = jnp.zeros_like(later, bool)
+    elif policy == "threshold":
+        wanted = later >= threshold_1a
+    elif uniform_ta is not None:
+        wanted = uniform_ta[:, 1:] < later / threshold_1a
+    elif later.shape[1]:
+        raise ValueError("uniform_ta must be (T, A) numbers for the policy 'random', got None")
+    else:
+        return first_t1
+    return jnp.concatenate([first_t1, wanted], axis=1)
+
+
+def limit_to_groups(scores_te: jax.Array, groups: int, kept: int) -> jax.Array:
+    """Scores with -inf outside each token's `kept` best groups of experts.
+
+    A group counts the sum of its two best scores (one, where it has one expert).
+
+    Source: DeepSeek-V3 2412.19437 section 2.1.2, node-limited routing.
+    """
+    if kept == groups:
+        return scores_te
+    tokens, experts = scores_te.shape
+    scores_tgm = scores_te.reshape(tokens, groups, experts // groups)
+    best_tgm = jax.lax.top_k(scores_tgm, min(2, experts // groups))[0]
+    kept_tk = jax.lax.top_k(best_tgm.sum(-1), kept)[1]
+    kept_tg = (kept_tk[:, :, None] == jnp.arange(groups)[None, None]).any(1)
+    return jnp.where(kept_tg[:, :, None], scores_tgm, -jnp.inf).reshape(tokens, experts)
+
+
+def _check_thresholds(name: str, threshold: float | tuple[float, ...], n: int) -> None:
+    if isinstance(threshold, tuple) and len(threshold) != n - 1:
+        raise ValueError(f"{name} must have n - 1 = {n - 1} entries, got {len(threshold)}")
+    for value in threshold if isinstance(threshold, tuple) else (threshold,):
+        if not 0 < value <= 1:
+            raise ValueError(f"{name} must be in (0, 1], got {value}")

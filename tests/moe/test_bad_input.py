@@ -1,0 +1,102 @@
+"""Every refused argument, with what the message says."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from moe_jax import CoordinateDescent, ExpertChoice, SparseMoEBlock, TopN
+from moe_jax.experts import initial_weights
+from tests.moe.support import config, hidden_states, layer
+
+
+def anything(value: Any) -> Any:
+    """A value of the wrong type, which is the point."""
+    return value
+
+
+X = (2, 6, 8)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: config(router=TopN(n=5)), r"n must be at most num_experts \(4\), got 5"),
+        (lambda: TopN(n=0), "n must be at least 1, got 0"),
+        (lambda: TopN(n=3, threshold_train=(0.2,)), "threshold_train must have n - 1 = 2 entries, got 1"),
+        (lambda: TopN(threshold_eval=(0.2, 0.2)), "threshold_eval must have n - 1 = 1 entries, got 2"),
+        (lambda: TopN(threshold_train=0.0), r"threshold_train must be in \(0, 1\], got 0.0"),
+        (lambda: TopN(n=3, threshold_eval=(0.5, 1.5)), r"threshold_eval must be in \(0, 1\], got 1.5"),
+        (lambda: TopN(threshold_eval=float("nan")), r"threshold_eval must be in \(0, 1\], got nan"),
+        (lambda: TopN(policy_train=anything("some")), "policy_train must be one of all, none, .* got 'some'"),
+        (lambda: TopN(policy_eval=anything("some")), "policy_eval must be one of"),
+        (lambda: TopN(score=anything("tanh")), "score must be one of softmax, sigmoid, got 'tanh'"),
+        (lambda: TopN(expert_groups=2, expert_groups_kept=3), "expert_groups_kept must be between 1 and"),
+        (lambda: config(router=TopN(expert_groups=3)), r"expert_groups must divide num_experts \(4\), got 3"),
+        (
+            lambda: config(router=TopN(n=3, expert_groups=2, expert_groups_kept=1)),
+            "n must be at most the 2 experts of the kept groups, got 3",
+        ),
+        (lambda: CoordinateDescent(iterations=0), "iterations must be at least 1, got 0"),
+        (lambda: CoordinateDescent(temperature=0), "temperature must be positive, got 0"),
+        (lambda: CoordinateDescent(ratio=0.5), "ratio must be at least 1, got 0.5"),
+        (lambda: config(capacity_factor_train=0), "capacity_factor_train must be positive or None, got 0"),
+        (lambda: config(capacity_factor_eval=-1.0), "capacity_factor_eval must be positive or None, got -1.0"),
+        (
+            lambda: config(router=ExpertChoice(), capacity_factor_eval=None),
+            "capacity_factor_eval must be a number for ExpertChoice, got None",
+        ),
+        (lambda: config(dim=0), "dim must be at least 1, got 0"),
+        (lambda: config(num_experts=0), "num_experts must be at least 1, got 0"),
+        (lambda: config(hidden=0), "expert_hidden must be at least 1, got 0"),
+        (lambda: config(min_capacity=-1), "min_capacity must be at least 0, got -1"),
+        (lambda: config(group_size=0), "group_size must be at least 1, got 0"),
+        (lambda: config(group_size="row"), "group_size must be one of batch, sequence, got 'row'"),
+        (lambda: config(slot_order="best"), "slot_order must be one of token, choice, priority, got 'best'"),
+        (lambda: config(dispatch="sparse"), "dispatch must be one of dense, index, ragged, got 'sparse'"),
+        (lambda: config(init="zero"), "init must be one of paper, original, got 'zero'"),
+        (lambda: config(input_jitter=1.0), r"input_jitter must be in \[0, 1\), got 1.0"),
+        (lambda: config(gumbel_noise=-1.0), "gumbel_noise must be at least 0, got -1.0"),
+        (lambda: config(balance_coef=-1.0), "balance_coef must be at least 0, got -1.0"),
+        (
+            lambda: initial_weights(jax.random.key(0), (2, 2), init=anything("zero")),
+            "init must be one of paper, original, got 'zero'",
+        ),
+        (
+            lambda: layer()(hidden_states(2, 6, 7), train=True),
+            r"x must be \(B, N, 8\) or \(T, 8\) and not empty, got \(2, 6, 7\) float32",
+        ),
+        (lambda: layer()(hidden_states(8), train=True), r"x must be .* got \(8,\) float32"),
+        (lambda: layer()(hidden_states(1, 2, 6, 8), train=True), r"x must be .* got \(1, 2, 6, 8\) float32"),
+        (lambda: layer()(jnp.zeros((0, 8)), train=True), r"x must be .* not empty, got \(0, 8\) float32"),
+        (lambda: layer()(jnp.zeros((2, 8), int), train=True), "x must be floating point, got .* int32"),
+        (
+            lambda: layer()(hidden_states(*X), train=True, mask=jnp.ones((2, 5), bool)),
+            r"mask must be \(2, 6\) bool, got \(2, 5\) bool",
+        ),
+        (
+            lambda: layer()(hidden_states(*X), train=True, mask=jnp.ones((2, 6))),
+            r"mask must be \(2, 6\) bool, got \(2, 6\) float32",
+        ),
+        (
+            lambda: layer(router=TopN())(hidden_states(*X), train=True),
+            "key must be a PRNG key for the policy 'random', got None",
+        ),
+        (
+            lambda: layer(gumbel_noise=1.0, input_jitter=0.1)(hidden_states(*X), train=True),
+            "key must be a PRNG key for input_jitter and gumbel_noise, got None",
+        ),
+        (lambda: SparseMoEBlock(layer()), "rngs must be nnx.Rngs when a feed-forward is added, got None"),
+    ],
+)
+def test_refused(make: Callable[[], object], message: str):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_no_key_is_needed_where_nothing_is_random():
+    jax.eval_shape(lambda: layer(router=TopN(), gumbel_noise=1.0)(hidden_states(*X), train=False))
+    jax.eval_shape(lambda: layer(router=TopN(n=1))(hidden_states(*X), train=True))
+    jax.eval_shape(lambda: SparseMoEBlock(layer(), add_ff_after=False)(hidden_states(*X), train=True))

@@ -1,0 +1,245 @@
+"""The layer as a whole: masks, causality, losses, metrics, precision, compilation."""
+
+import dataclasses
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moe_jax import (
+    CoordinateDescent,
+    ExpertChoice,
+    MoE,
+    MoEOutput,
+    SparseMoEBlock,
+    TopN,
+)
+from tests.moe.support import ALL, apply, assert_trees_close, config, hidden_states, initial_layer, layer
+
+ROUTERS = {
+    "top_n": ALL,
+    "three_with_thresholds": TopN(n=3, policy_train="threshold", threshold_train=(0.3, 0.2)),
+    "sigmoid": TopN(score="sigmoid", policy_train="all", bias=True),
+    "grouped": TopN(policy_train="all", expert_groups=2, expert_groups_kept=1),
+    "coordinate_descent": CoordinateDescent(policy_train="all"),
+    "expert_choice": ExpertChoice(),
+}
+
+
+def outputs_and_gradients(
+    moe: MoE, x: jax.Array, mask: jax.Array | None = None, **options: Any
+) -> tuple[MoEOutput, MoE, jax.Array]:
+    """Gradients of a loss that looks at real tokens only."""
+
+    def loss(moe: MoE, x: jax.Array) -> tuple[jax.Array, MoEOutput]:
+        out = moe(x, train=True, mask=mask, **options)
+        return jnp.sum(out.outputs**2) + out.total_aux_loss, out
+
+    gradients, out = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(moe, x)
+    return out, *gradients
+
+
+@pytest.mark.parametrize(("router", "dispatch"), [*((router, "index") for router in ROUTERS), ("top_n", "ragged")])
+def test_padded_equals_compacted(router: str, dispatch: str):
+    """Padding scattered through the batch, full of NaN, against the same tokens in a row, with drops."""
+    moe = layer(
+        router=ROUTERS[router], dispatch=dispatch, capacity_factor_train=1.0, group_size="batch", min_capacity=1
+    )
+    mask = jnp.asarray([[1, 1, 0, 1, 1, 1, 0, 0], [0, 1, 1, 1, 0, 1, 1, 1]], bool)
+    x = hidden_states(2, 8, 8)
+    padded = outputs_and_gradients(moe, jnp.where(mask[..., None], x, jnp.nan), mask)
+    compacted = outputs_and_gradients(moe, x[mask])
+    np.testing.assert_array_equal(np.asarray(padded[0].outputs)[~mask], 0)
+    np.testing.assert_array_equal(np.asarray(padded[2])[~mask], 0)
+    assert_trees_close(dataclasses.replace(padded[0], outputs=padded[0].outputs[mask]), compacted[0], relative=1e-5)
+    assert_trees_close(padded[1:], (compacted[1], jnp.zeros_like(x).at[mask].set(compacted[2])), relative=1e-5)
+    if dispatch == "index":
+        assert float(compacted[0].metrics.dropped_a.max()) > 0
+
+
+@pytest.mark.parametrize("group_size", ["sequence", 5])
+def test_padded_equals_compacted_in_every_kind_of_group(group_size: int | str):
+    options = {"capacity_factor_train": 1.0, "group_size": group_size, "min_capacity": 1}
+    mask = jnp.asarray([[1, 1, 0, 1, 1, 1, 0, 0], [0, 1, 1, 1, 0, 1, 1, 1]], bool)
+    x = hidden_states(2, 8, 8)
+    padded = apply(layer(**options), x, mask=mask)
+    if group_size == "sequence":
+        rows = [apply(layer(**options), row[keep]).outputs for row, keep in zip(x, mask)]
+        compacted = jnp.concatenate(rows)
+    else:
+        compacted = apply(layer(**options), x[mask]).outputs
+    np.testing.assert_allclose(padded.outputs[mask], compacted, atol=1e-6)
+    assert float(padded.metrics.dropped_a.max()) > 0
+
+
+def test_all_padding_is_all_zero_and_finite():
+    out, gradient, x_bar = outputs_and_gradients(layer(), hidden_states(2, 6, 8), jnp.zeros((2, 6), bool))
+    for leaf in jax.tree.leaves((out, gradient, x_bar)):
+        np.testing.assert_array_equal(leaf, jnp.zeros_like(leaf))
+
+
+def changed_later(x: jax.Array, at: int) -> jax.Array:
+    """The same sequences up to `at`, others after."""
+    return x.at[:, at:].set(hidden_states(*x.shape, seed=9)[:, at:])
+
+
+@pytest.mark.parametrize(
+    ("dispatch", "group_size"), [("index", "sequence"), ("index", 8), ("ragged", "sequence"), ("dense", "batch")]
+)
+def test_token_order_is_causal_to_the_bit(dispatch: str, group_size: int | str):
+    moe = layer(capacity_factor_train=1.0, min_capacity=1, group_size=group_size, dispatch=dispatch)
+    # One row, where the whole batch is a group: the end of a row comes before the start of the next.
+    x = hidden_states(1 if group_size == "batch" else 2, 24, 8)
+    before = apply(moe, x)
+    for at in (1, 7, 13, 23):
+        after = apply(moe, changed_later(x, at))
+        np.testing.assert_array_equal(after.outputs[:, :at], before.outputs[:, :at])
+        assert at == 23 or (after.outputs[:, at:] != before.outputs[:, at:]).any()
+    if dispatch != "ragged":
+        assert float(before.metrics.dropped_a.max()) > 0
+
+
+@pytest.mark.parametrize("order", ["choice", "priority"])
+def test_other_orders_see_the_future(order: str):
+    moe = layer(capacity_factor_train=1.0, min_capacity=1, slot_order=order)
+    x = hidden_states(2, 24, 8)
+    assert (apply(moe, changed_later(x, 12)).outputs[:, :12] != apply(moe, x).outputs[:, :12]).any()
+
+
+@pytest.mark.parametrize(("favourites", "expected"), [([0, 1, 2, 3], 1.0), ([2, 2, 2, 2], 4.0)])
+def test_balance_loss_of_uniform_and_collapsed_routers(favourites: list[int], expected: float):
+    """Capacity 1 of 4 tokens cuts the collapsed load to a quarter; the loss must not look any better for it."""
+    moe = layer(capacity_factor_train=1.0, min_capacity=0, router=TopN(policy_train="none"))
+    moe.router_de[...] = jnp.eye(8, 4) * 30
+    out = apply(moe, jnp.eye(8)[jnp.asarray(favourites)])
+    np.testing.assert_allclose(out.balance_loss, expected, rtol=1e-5)
+    np.testing.assert_allclose(out.metrics.dropped_a[0], 0 if expected == 1 else 0.75)
+
+
+def test_balance_loss_grows_with_imbalance():
+    """The original scores half of the tokens on one expert below a uniform router."""
+    moe = layer(capacity_factor_train=1.0, min_capacity=0)
+    moe.router_de[...] = jnp.eye(8, 4) * 30
+    losses = [
+        float(apply(moe, jnp.eye(8)[jnp.asarray(favourites)]).balance_loss)
+        for favourites in ([0, 1, 2, 3, 0, 1, 2, 3], [0, 0, 0, 0, 0, 1, 2, 3], [0] * 8)
+    ]
+    np.testing.assert_allclose(losses, [1, 4 * (25 + 3) / 64, 4], rtol=1e-5)
+
+
+def test_losses_and_metrics_by_hand():
+    moe = layer(dim=4, capacity_factor_train=2.0, min_capacity=0, balance_coef=0.5, router_z_coef=0.25)
+    moe.router_de[...] = jnp.eye(4)
+    probs = jnp.asarray([[0.4, 0.3, 0.2, 0.1], [0.5, 0.1, 0.3, 0.1], [0.6, 0.25, 0.1, 0.05], [0.1, 0.2, 0.1, 0.6]])
+    shift = 0.7  # adds 0.7 to every logsumexp, which is 0 otherwise
+    out = apply(moe, jnp.log(probs) + shift)
+    # Favourites 0, 0, 0, 3; mean probabilities 0.4, 0.2125, 0.175, 0.2125.
+    balance = 4 * (0.75 * 0.4 + 0.25 * 0.2125)
+    np.testing.assert_allclose(out.balance_loss, balance, rtol=1e-5)
+    np.testing.assert_allclose(out.router_z_loss, 0.49, rtol=1e-5)
+    np.testing.assert_allclose(out.total_aux_loss, 0.5 * balance + 0.25 * 0.49, rtol=1e-5)
+    np.testing.assert_allclose(out.weighted_balance_loss, 0.5 * balance, rtol=1e-5)
+    np.testing.assert_allclose(out.weighted_router_z_loss, 0.25 * 0.49, rtol=1e-5)
+    metrics = out.metrics
+    # Pairs 01, 02, 01, 31 with two slots each: token 2 finds experts 0 and 1 as follows. Expert 0 has 0 and 1, so it
+    # is full; expert 1 has token 0, so token 2 gets in and token 3 does not.
+    np.testing.assert_allclose(metrics.load_e, [3 / 8, 3 / 8, 1 / 8, 1 / 8])
+    np.testing.assert_allclose(metrics.wanted_a, [1, 1])
+    np.testing.assert_allclose(metrics.dropped_a, [0.25, 0.25])
+    np.testing.assert_allclose(metrics.capacity_used, 6 / 8)
+    np.testing.assert_allclose(metrics.router_entropy, -(probs * jnp.log(probs)).sum() / 4, rtol=1e-5)
+    np.testing.assert_allclose(metrics.top_gate, (0.4 / 0.7 + 0.5 / 0.8 + 0.6 / 0.85 + 0.6 / 0.8) / 4, rtol=1e-5)
+    assert metrics.nonfinite_logits == 0
+    evaluated = apply(moe, jnp.log(probs) + shift, train=False)
+    np.testing.assert_allclose(evaluated.router_z_loss, 0.49, rtol=1e-5)
+    assert evaluated.total_aux_loss == 0
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_logits_of_ten_thousand_in_bfloat16(router: str):
+    moe = layer(router=ROUTERS[router])
+    moe.router_de[...] = jnp.eye(8, 4) * 1e4
+    x = hidden_states(2, 12, 8).astype(jnp.bfloat16)
+    out, gradient, x_bar = outputs_and_gradients(moe, x)
+    assert out.outputs.dtype == x_bar.dtype == jnp.bfloat16
+    assert out.router_z_loss.dtype == jnp.float32
+    assert float(out.router_z_loss) > 1e7
+    chex.assert_tree_all_finite((out, gradient, x_bar))
+    assert out.metrics.nonfinite_logits == 0
+
+
+def test_bfloat16_routes_in_float32():
+    """A bfloat16 router cannot tell 1.000 from 1.003; this one must."""
+    moe = layer(dim=4, router=TopN(n=1))
+    moe.router_de[...] = jnp.diag(jnp.asarray([1.0, 1.003, 1.0, 1.0]))
+    out = apply(moe, jnp.ones((1, 4), jnp.bfloat16))
+    np.testing.assert_array_equal(out.metrics.load_e, [0, 1, 0, 0])
+
+
+def test_bfloat16_is_close_to_float32():
+    moe = layer(dispatch="ragged")
+    x = hidden_states(2, 12, 8).astype(jnp.bfloat16)
+    wide, narrow = apply(moe, x.astype(jnp.float32)), apply(moe, x)
+    # Three roundings to 8 bits of numbers around 1.
+    np.testing.assert_allclose(narrow.outputs.astype(jnp.float32), wide.outputs, atol=0.03)
+
+
+def test_nonfinite_logits_are_counted_and_stay_where_they_are():
+    x = hidden_states(4, 8).at[1, 2].set(jnp.inf)
+    for dispatch in ("index", "ragged"):
+        out = apply(layer(dispatch=dispatch), x)
+        np.testing.assert_allclose(out.metrics.nonfinite_logits, 0.25)
+        assert jnp.isfinite(out.outputs[jnp.asarray([0, 2, 3])]).all()
+
+
+def test_block_is_residual_and_normed():
+    moe = layer(dispatch="ragged")
+    block = SparseMoEBlock(moe, add_ff_before=True, add_ff_after=True, rngs=nnx.Rngs(2))
+    assert block.ff_before is not None
+    assert block.ff_after is not None
+    x = hidden_states(2, 12, 8) * 3
+
+    def normal(x: jax.Array) -> jax.Array:
+        return x / jnp.sqrt(jnp.square(x).mean(-1, keepdims=True))
+
+    y = x + block.ff_before(normal(x))
+    y = y + apply(moe, normal(y)).outputs
+    y = y + block.ff_after(normal(y))
+    np.testing.assert_allclose(apply(block, x).outputs, y, rtol=1e-4, atol=1e-5)
+    mask = jnp.zeros((2, 12), bool)
+    alone = SparseMoEBlock(moe, add_ff_after=False)
+    np.testing.assert_array_equal(apply(alone, x, mask=mask).outputs, x)
+
+
+def test_one_compilation_serves_every_key_mask_and_weight():
+    moe = layer(router=TopN(), gumbel_noise=0.5)
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def forward(moe: MoE, x: jax.Array, key: jax.Array, mask: jax.Array) -> MoEOutput:
+        return moe(x, train=True, key=key, mask=mask)
+
+    for seed in range(3):
+        weights = initial_layer(moe.config, seed)
+        mask = jnp.arange(24).reshape(2, 12) % (seed + 2) != 0
+        out = forward(weights, hidden_states(2, 12, 8, seed=seed), jax.random.key(seed), mask)
+        chex.assert_tree_all_finite(out)
+
+
+def test_layer_changes_nothing_and_holds_only_weights():
+    moe = layer(router=TopN(), gumbel_noise=0.5)
+    before = jax.tree.map(jnp.copy, moe)
+    apply(moe, hidden_states(2, 12, 8), key=jax.random.key(0))
+    assert_trees_close(moe, before, relative=0)
+    assert hash(moe.config) == hash(config(router=TopN(), gumbel_noise=0.5))
+
+
+def test_float64_stays_float64():
+    with jax.enable_x64(True):
+        moe = MoE(config(param_dtype=jnp.float64, dispatch="ragged"), rngs=nnx.Rngs(0))
+        out = apply(moe, jnp.ones((4, 8), jnp.float64))
+        assert out.outputs.dtype == out.balance_loss.dtype == jnp.float64

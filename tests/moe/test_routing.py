@@ -1,0 +1,169 @@
+"""Routers on logits small enough to route by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from jax.test_util import check_grads
+
+from moe_jax import CoordinateDescent, Router, RouterInputs, TopN, relaxed_top_k
+from moe_jax.routing import Policy, limit_to_groups, wanted_ranks
+
+
+def inputs(probs: list[list[float]], **fields: jax.Array) -> RouterInputs:
+    """Logits whose softmax is `probs`."""
+    logits_te = jnp.log(jnp.asarray(probs))
+    given = {"selection_logits_te": logits_te, "mask_t": jnp.ones(logits_te.shape[0], bool)}
+    return RouterInputs(logits_te=logits_te, **(given | fields))
+
+
+# Token 0 prefers experts 2, 0, 1, 3; token 1 prefers 1, 3, 0, 2.
+PROBS = [[0.3, 0.15, 0.5, 0.05], [0.1, 0.6, 0.05, 0.25]]
+
+
+def test_top_two_by_hand():
+    chosen = TopN(policy_train="all").choose(inputs(PROBS), train=True)
+    np.testing.assert_array_equal(chosen.expert_index_ta, [[2, 0], [1, 3]])
+    # 0.5 / 0.8, 0.3 / 0.8; 0.6 / 0.85, 0.25 / 0.85
+    np.testing.assert_allclose(chosen.gate_ta, [[0.625, 0.375], [0.70588, 0.29412]], atol=1e-5)
+    np.testing.assert_allclose(chosen.probs_te, PROBS, atol=1e-6)
+    np.testing.assert_array_equal(chosen.first_expert_t, [2, 1])
+    assert chosen.wanted_ta.all()
+
+
+def test_three_candidates_have_a_threshold_each():
+    # Gates of token 0: 0.5, 0.3, 0.15 over 0.95 = 0.526, 0.316, 0.158; of token 1: 0.6, 0.25, 0.1 over 0.95 =
+    # 0.632, 0.263, 0.105.
+    router = TopN(n=3, policy_eval="threshold", threshold_eval=(0.3, 0.1))
+    chosen = router.choose(inputs(PROBS), train=False)
+    np.testing.assert_array_equal(chosen.wanted_ta, [[True, True, True], [True, False, True]])
+    router = TopN(n=3, policy_eval="threshold", threshold_eval=0.2)
+    chosen = router.choose(inputs(PROBS), train=False)
+    np.testing.assert_array_equal(chosen.wanted_ta, [[True, True, False], [True, True, False]])
+
+
+def test_one_candidate_keeps_its_probability():
+    chosen = TopN(n=1).choose(inputs(PROBS), train=True)
+    np.testing.assert_array_equal(chosen.expert_index_ta, [[2], [1]])
+    np.testing.assert_allclose(chosen.gate_ta, [[0.5], [0.6]], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("policy", "wanted"),
+    [("all", [1, 1, 1]), ("none", [1, 0, 0]), ("threshold", [1, 1, 0]), ("random", [1, 0, 1])],
+)
+def test_policies(policy: Policy, wanted: list[int]):
+    share_ta = jnp.asarray([[0.6, 0.3, 0.1]])
+    # random: 0.7 is not below 0.3 / 0.5 = 0.6; 0.3 is below 0.1 / 0.25 = 0.4. The first is taken at any draw.
+    uniform_ta = jnp.asarray([[0.999, 0.7, 0.3]])
+    thresholds = (0.5, 0.25) if policy == "random" else (0.3, 0.25)
+    got = wanted_ranks(share_ta, policy, thresholds, uniform_ta)
+    np.testing.assert_array_equal(got, np.asarray([wanted], bool))
+
+
+def random_policy_p_value(probability: float) -> float:
+    """How likely the count of second choices taken at gate 0.06 and threshold 0.2 is under `probability`."""
+    draws = 20_000
+    share_ta = jnp.tile(jnp.asarray([[0.94, 0.06]]), (draws, 1))
+    uniform_ta = jax.random.uniform(jax.random.key(3), (draws, 2))
+    taken = int(wanted_ranks(share_ta, "random", (0.2,), uniform_ta)[:, 1].sum())
+    return float(scipy.stats.binomtest(taken, draws, probability).pvalue)
+
+
+def test_random_policy_takes_the_second_choice_with_probability_gate_over_threshold():
+    assert random_policy_p_value(0.06 / 0.2) > 1e-3
+
+
+@pytest.mark.parametrize("wrong", [0.06, 0.2, 0.28, 0.32])
+def test_random_policy_test_notices_other_probabilities(wrong: float):
+    assert random_policy_p_value(wrong) < 1e-6
+
+
+def test_noise_decides_who_is_chosen_and_weights_nothing():
+    noised = jnp.log(jnp.asarray([[0.1, 0.7, 0.15, 0.05], [0.6, 0.1, 0.05, 0.25]]))
+    chosen = TopN(policy_train="all").choose(inputs(PROBS, selection_logits_te=noised), train=True)
+    np.testing.assert_array_equal(chosen.expert_index_ta, [[1, 2], [0, 3]])
+    # Of the un-noised probabilities 0.15, 0.5 and 0.1, 0.25.
+    np.testing.assert_allclose(chosen.gate_ta, [[0.23077, 0.76923], [0.28571, 0.71429]], atol=1e-5)
+    np.testing.assert_allclose(chosen.probs_te, PROBS, atol=1e-6)
+
+
+def test_sigmoid_scores_with_a_bias_that_only_steers():
+    logits_te = jnp.asarray([[2.0, 1.0, 0.0, -1.0]])  # sigmoids 0.8808, 0.7311, 0.5, 0.2689
+    router = TopN(score="sigmoid", policy_train="all", bias=True)
+    given = RouterInputs(
+        logits_te=logits_te,
+        selection_logits_te=logits_te,
+        mask_t=jnp.ones(1, bool),
+        bias_e=jnp.asarray([0.0, -0.5, 0.0, 0.5]),  # steered: 0.8808, 0.2311, 0.5, 0.7689
+    )
+    chosen = router.choose(given, train=True)
+    np.testing.assert_array_equal(chosen.expert_index_ta, [[0, 3]])
+    np.testing.assert_allclose(chosen.gate_ta, [[0.7661, 0.2339]], atol=1e-4)  # over 0.8808 + 0.2689
+    np.testing.assert_allclose(chosen.probs_te, [[0.3700, 0.3071, 0.2100, 0.1129]], atol=1e-4)
+
+
+def test_grouped_routing_stays_within_the_best_groups():
+    # Groups {0, 1}, {2, 3}, {4, 5} score 0.35, 0.30 and 0.35 + 0.0 (ties go to the first group).
+    scores_te = jnp.asarray([[0.20, 0.15, 0.30, 0.00, 0.05, 0.25]])
+    limited = limit_to_groups(scores_te, 3, 1)
+    np.testing.assert_array_equal(jnp.isfinite(limited), [[True, True, False, False, False, False]])
+    router = TopN(policy_train="all", expert_groups=3, expert_groups_kept=1)
+    chosen = router.choose(inputs((scores_te + 0.01).tolist()), train=True)
+    # Expert 2 has the best score of all, but its group does not.
+    np.testing.assert_array_equal(chosen.expert_index_ta, [[0, 1]])
+
+
+def test_groups_of_one_expert_and_all_groups():
+    scores_te = jnp.asarray([[0.1, 0.4, 0.2, 0.3]])
+    np.testing.assert_array_equal(jnp.isfinite(limit_to_groups(scores_te, 4, 2)), [[False, True, False, True]])
+    np.testing.assert_array_equal(limit_to_groups(scores_te, 2, 2), scores_te)
+
+
+def test_relaxed_top_k_sums_to_its_size_and_sharpens():
+    scores_te = jnp.asarray([[0.5, 0.3, 0.15, 0.05]])
+    soft = relaxed_top_k(scores_te, 2, iterations=200, temperature=0.1)
+    np.testing.assert_allclose(soft.sum(), 2, rtol=1e-3)
+    assert ((soft >= 0) & (soft <= 1)).all()
+    hard = relaxed_top_k(scores_te, 2, iterations=200, temperature=0.005)
+    # Soft: 0.36 at the third. The dual of a nearly hard choice converges slowly, hence no exact zero.
+    np.testing.assert_allclose(hard, [[1, 1, 0, 0]], atol=0.02)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_coordinate_descent_keeps_confidence_and_thresholds(train: bool):
+    # The original normalises these gates to 1/2 each whatever the router says, so that no threshold ever acts.
+    probs = [[0.9, 0.05, 0.03, 0.02], [0.4, 0.35, 0.15, 0.1]]
+    relaxed = CoordinateDescent(policy_train="threshold").choose(inputs(probs), train=train)
+    plain = TopN(policy_train="threshold").choose(inputs(probs), train=train)
+    np.testing.assert_array_equal(relaxed.gate_ta, plain.gate_ta)
+    np.testing.assert_allclose(relaxed.gate_ta, [[0.94737, 0.05263], [0.53333, 0.46667]], atol=1e-5)
+    np.testing.assert_array_equal(relaxed.wanted_ta, [[True, False], [True, True]])
+
+
+def unchosen_gradient(router: Router) -> jax.Array:
+    """Gradient of the first gate with respect to the logit of an expert that was not chosen."""
+
+    def first_gate(logits_te: jax.Array) -> jax.Array:
+        given = RouterInputs(
+            logits_te=logits_te, selection_logits_te=logits_te, mask_t=jnp.ones(1, bool), uniform_ta=None
+        )
+        return router.choose(given, train=True).gate_ta[0, 0]
+
+    return jax.jit(jax.grad(first_gate))(jnp.log(jnp.asarray([[0.4, 0.3, 0.2, 0.1]])))[0, 2]
+
+
+def test_coordinate_descent_gradient_reaches_experts_that_were_not_chosen():
+    # A normalised gate of plain top-n is a ratio of two scores: nothing else enters.
+    assert abs(unchosen_gradient(TopN(policy_train="all"))) < 1e-7
+    assert abs(unchosen_gradient(CoordinateDescent(policy_train="all"))) > 1e-3
+
+
+def test_gradient_of_relaxed_top_k_agrees_with_finite_differences():
+    weight_te = jnp.asarray([[1.0, -2.0, 0.5, 3.0]])
+
+    def value(scores_te: jax.Array) -> jax.Array:
+        return (relaxed_top_k(scores_te, 1.5, iterations=30, temperature=0.3) * weight_te).sum()
+
+    check_grads(jax.jit(value), (jnp.asarray([[0.5, 0.31, 0.15, 0.04]]),), order=1, modes=["rev"], eps=1e-2)

@@ -1,0 +1,125 @@
+"""What a layer can be besides top-n over equal experts: other routers, noise, shared experts, upcycling, weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moe_jax import ExpertChoice, FeedForward, MoE, TopN, upcycle, updated_router_bias
+from moe_jax.experts import initial_weights
+from tests.moe.support import apply, assert_trees_close, config, hidden_states, layer
+
+
+def test_expert_choice_by_hand():
+    """Each of 2 experts takes the 2 of 4 tokens that want it most."""
+    moe = layer(dim=2, num_experts=2, router=ExpertChoice(), capacity_factor_train=1.0, min_capacity=0, hidden=3)
+    moe.router_de[...] = jnp.eye(2)
+    probs = jnp.asarray([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.95, 0.05]])
+    x = jnp.log(probs)
+    out = apply(moe, x)
+    y_etd = moe.experts.batched(jnp.stack([x, x]))
+    # Expert 0 takes tokens 3 and 0, expert 1 takes 2 and 1.
+    expected = jnp.stack([0.9 * y_etd[0, 0], 0.2 * y_etd[1, 1], 0.3 * y_etd[1, 2], 0.95 * y_etd[0, 3]])
+    np.testing.assert_allclose(out.outputs, expected, rtol=1e-5)
+    np.testing.assert_allclose(out.metrics.capacity_used, 1)
+
+
+def test_expert_choice_fills_every_slot_whatever_the_router_says():
+    moe = layer(router=ExpertChoice(), capacity_factor_train=1.0)
+    moe.router_de[...] = jnp.zeros((8, 4)).at[:, 0].set(50)
+    for dispatch in ("dense", "index", "ragged"):
+        moe.config = config(router=ExpertChoice(), capacity_factor_train=1.0, dispatch=dispatch)
+        out = apply(moe, hidden_states(2, 16, 8))
+        np.testing.assert_allclose(out.metrics.capacity_used, 1)
+        np.testing.assert_allclose(out.metrics.dropped_a, [0.75] * 4)
+
+
+def test_bias_update_balances_without_touching_gradients():
+    """A router that sends everything to expert 0 spreads out by updates of the bias alone."""
+    moe = layer(router=TopN(n=1, score="sigmoid", bias=True))
+    moe.router_de[...] = moe.router_de[...] * 0.3 + jnp.zeros((8, 4)).at[0, 0].set(1.0)
+    x = hidden_states(256, 8).at[:, 0].set(1.0)
+
+    def load(moe: MoE) -> jax.Array:
+        return apply(moe, x).metrics.load_e
+
+    start = load(moe)
+    assert moe.router_bias_e is not None
+    update = jax.jit(updated_router_bias)
+    for _ in range(60):
+        moe.router_bias_e[...] = update(moe.router_bias_e[...], load(moe), 1e-2)
+    assert float(start.max()) > 0.8
+    assert float(load(moe).max()) < 0.35
+    gradient = jax.grad(lambda moe: apply(moe, x).outputs.sum())(moe)
+    np.testing.assert_array_equal(gradient.router_bias_e[...], 0)
+    assert not isinstance(moe.router_bias_e, nnx.Param)
+
+
+def test_bias_update_by_hand():
+    updated = updated_router_bias(jnp.asarray([0.0, 0.5, -0.1]), jnp.asarray([0.5, 0.2, 1 / 3]), 0.01)
+    np.testing.assert_allclose(updated[:2], [-0.01, 0.51], rtol=1e-6)
+    np.testing.assert_allclose(updated_router_bias(jnp.zeros(4), jnp.full(4, 0.25)), jnp.zeros(4))
+
+
+def test_shared_experts_see_every_token():
+    options = {"capacity_factor_train": 1.0, "min_capacity": 0}
+    moe = layer(num_shared_experts=2, **options)
+    assert moe.shared is not None
+    assert moe.shared.w_in_df.shape == (8, 2 * 2 * 10)
+    routed = layer(**options)
+    routed.router_de, routed.experts = moe.router_de, moe.experts
+    x = hidden_states(2, 12, 8)
+    np.testing.assert_allclose(apply(moe, x).outputs, apply(routed, x).outputs + moe.shared(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dispatch", ["index", "ragged"])
+def test_upcycled_layer_equals_the_dense_one(bias: bool, dispatch: str):
+    dense = FeedForward(8, 10, rngs=nnx.Rngs(3), init="original", bias=bias, mult_bias=bias)
+    moe = upcycle(dense, 4, rngs=nnx.Rngs(4), dispatch=dispatch, capacity_factor_eval=None)
+    x = hidden_states(2, 12, 8)
+    np.testing.assert_allclose(apply(moe, x, train=False).outputs, dense(x), atol=1e-6)
+    moe.experts.w_in_edf[...] = moe.experts.w_in_edf[...] + 1
+    assert dense.w_in_df[...].max() < 1
+
+
+def test_upcycling_refuses_gates_that_do_not_sum_to_one():
+    dense = FeedForward(8, 10, rngs=nnx.Rngs(3))
+    for router in (TopN(n=1), ExpertChoice()):
+        with pytest.raises(ValueError, match="router must be TopN with n of at least 2"):
+            upcycle(dense, 4, rngs=nnx.Rngs(4), router=router)
+
+
+@pytest.mark.parametrize("noise", ["gumbel_noise", "input_jitter"])
+def test_noise_acts_in_training_only(noise: str):
+    moe = layer(**{noise: 0.9}, dispatch="ragged")
+    x = hidden_states(2, 12, 8)
+    one, two = (apply(moe, x, key=jax.random.key(seed)) for seed in (0, 1))
+    assert (one.outputs != two.outputs).any()
+    np.testing.assert_array_equal(one.router_z_loss, two.router_z_loss)
+    plain = apply(layer(dispatch="ragged"), x, train=False)
+    np.testing.assert_array_equal(apply(moe, x, train=False).outputs, plain.outputs)
+    np.testing.assert_array_equal(one.router_z_loss, plain.router_z_loss)
+
+
+def test_same_key_same_routing_whatever_the_dispatch():
+    key = jax.random.key(7)
+    options = {"router": TopN(), "capacity_factor_train": None, "gumbel_noise": 1.0}
+    x = hidden_states(2, 12, 8)
+    dense, index, ragged = (
+        apply(layer(dispatch=dispatch, **options), x, key=key) for dispatch in ("dense", "index", "ragged")
+    )
+    assert 0 < float(dense.metrics.wanted_a[1]) < 1
+    assert_trees_close(index, dense, relative=1e-5)
+    np.testing.assert_allclose(ragged.outputs, dense.outputs, atol=1e-6)
+    np.testing.assert_allclose(ragged.total_aux_loss, dense.total_aux_loss, rtol=1e-6)
+
+
+def test_paper_initialisation_has_variance_a_tenth_over_fan_in():
+    weights = initial_weights(jax.random.key(0), (4, 200, 300), init="paper")
+    np.testing.assert_allclose(weights.std(axis=(1, 2)), (0.1 / 200) ** 0.5, rtol=0.02)
+    # Truncated at two standard deviations of the untruncated normal, 0.8796 of which is the standard deviation left.
+    assert float(jnp.abs(weights).max()) < 2 / 0.8796 * (0.1 / 200) ** 0.5 * 1.001
+    original = initial_weights(jax.random.key(0), (4, 200, 300), init="original")
+    np.testing.assert_allclose(jnp.abs(original).max(), 300**-0.5, rtol=1e-3)
