@@ -3,6 +3,9 @@
 Needs the `bench` extra; nothing else in the project imports torch.
 """
 
+# torch comes with the `bench` extra only.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import math
@@ -19,7 +22,7 @@ from spec_jax.interop import to_torch_names
 def original_decoder(decoder: Decoder) -> Any:
     """The original package's `Decoder` with the same weights, in evaluation mode."""
     import torch
-    from speculative_decoding import Decoder as OriginalDecoder  # pyright: ignore[reportMissingImports]
+    from speculative_decoding import Decoder as OriginalDecoder
 
     config = decoder.config
     original = OriginalDecoder(
@@ -41,7 +44,7 @@ def original_decoder(decoder: Decoder) -> Any:
 def original_plain(original: Any, prompt: np.ndarray, *, max_new_tokens: int) -> Callable[[int], np.ndarray]:
     """The original's `base_decoding`, as it ships: temperature 1, the 10 % most probable tokens kept."""
     import torch
-    from speculative_decoding.speculative_decoding import base_decoding  # pyright: ignore[reportMissingImports]
+    from speculative_decoding.speculative_decoding import base_decoding
 
     tokens = torch.from_numpy(prompt.astype(np.int64))
 
@@ -57,7 +60,7 @@ def original_speculative(
 ) -> Callable[[int], tuple[np.ndarray, float]]:
     """The original's `speculative_decoding`; gives its tokens and mean accepted length."""
     import torch
-    from speculative_decoding.speculative_decoding import (  # pyright: ignore[reportMissingImports]
+    from speculative_decoding.speculative_decoding import (
         speculative_decoding,
     )
 
