@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -31,8 +32,8 @@ def save_loss_curves(path: pathlib.Path, training: Mapping[str, Points], validat
             axes.annotate(
                 f"{bits[-1]:.2f}", (steps[-1], bits[-1]), xytext=(6, 0), textcoords="offset points", va="center"
             )
-    axes.legend(frameon=False)
-    _save(figure, path)
+    _legend(axes)
+    figure.savefig(path)
 
 
 def save_acceptance(path: pathlib.Path, by_position: Mapping[str, Sequence[float]]) -> None:
@@ -43,8 +44,8 @@ def save_acceptance(path: pathlib.Path, by_position: Mapping[str, Sequence[float
         axes.plot(positions, fractions, color=_shade(index, len(by_position)), marker="o", markersize=4, label=name)
     axes.set_ylim(0, 1)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(frameon=False, ncols=2)
-    _save(figure, path)
+    _legend(axes, ncols=2)
+    figure.savefig(path)
 
 
 def save_speedup(path: pathlib.Path, measured: Mapping[str, Points], predicted: Mapping[str, Points]) -> None:
@@ -63,8 +64,8 @@ def save_speedup(path: pathlib.Path, measured: Mapping[str, Points], predicted: 
             axes.plot(*_columns(predicted[name]), color=f"C{index}", linestyle="--", label=f"{name}, formula")
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(frameon=False, loc="lower right")
-    _save(figure, path)
+    _legend(axes, loc="lower right")
+    figure.savefig(path)
 
 
 def _new(x: str, y: str, title: str) -> tuple[Figure, Axes]:
@@ -88,5 +89,7 @@ def _shade(index: int, count: int) -> tuple[float, float, float]:
     return (0.75 - 0.72 * darkness, 0.86 - 0.6 * darkness, 0.97 - 0.45 * darkness)
 
 
-def _save(figure: Figure, path: pathlib.Path) -> None:
-    figure.savefig(path)
+def _legend(axes: Axes, **options: Any) -> None:
+    # Matplotlib warns of a legend with nothing in it.
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, **options)

@@ -118,7 +118,7 @@ def generate(config: GenerateConfig, console: Console) -> int:
         max_new_tokens=config.max_new_tokens,
         key=jax.random.key(config.seed),
         sampling=config.sampling,
-        **({} if drafter is None else {"verification": config.verification}),
+        verification=config.verification if drafter is not None else "rejection",
     )
     seconds = time.perf_counter() - start
     rate = f"{tokens} bytes in {rounds} rounds, {seconds:.1f} s with compilation"

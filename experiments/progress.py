@@ -47,6 +47,10 @@ class TrainingProgress:
         """So many steps have been started."""
         self._bar.update(self._task, completed=done)
 
+    def validated(self, bits: float) -> None:
+        """Bits per byte on validation text, newer than the last record."""
+        self._bar.update(self._task, bits=bits)
+
     def record(self, done: int, *, loss: float, bits: float, speed: float) -> None:
         """New numbers, known after `done` steps."""
         self._bar.update(self._task, loss=loss, bits=bits, speed=speed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import itertools
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -34,8 +35,9 @@ class ByteText:
     def feed(self, tokens: Iterable[int], styles: Iterable[str]) -> Text:
         """What these bytes complete."""
         text = Text()
-        for token, style in zip(tokens, styles, strict=True):
-            text.append(printable(self._decoder.decode(bytes([token]))), style)
+        pairs = zip(tokens, styles, strict=True)
+        for style, run in itertools.groupby(pairs, key=lambda pair: pair[1]):
+            text.append(printable(self._decoder.decode(bytes(token for token, _ in run))), style)
         return text
 
     def end(self) -> Text:
@@ -78,6 +80,8 @@ def print_stream(
     target: Any,
     drafter: spec_jax.Drafter | None,
     prompt: Sequence[int],
+    *,
+    at_once: bool = False,
     **options: Any,
 ) -> tuple[int, int]:
     """Prints a prompt and its continuation as it is decoded; returns the numbers of tokens and rounds.
@@ -87,6 +91,7 @@ def print_stream(
       target: the model.
       drafter: the strategy, or None for plain decoding.
       prompt: bytes.
+      at_once: print when all is decoded: below a progress bar, lines must come whole.
       **options: of `spec_jax.stream`.
     """
     tokens = rounds = 0
@@ -99,8 +104,11 @@ def print_stream(
             yield streamed
 
     stream = spec_jax.stream(target, drafter, np.asarray([list(prompt)]), **options)
-    console.print(ByteText().feed(prompt, [PROMPT_STYLE] * len(prompt)), end="", soft_wrap=True)
-    for text in decoded_text(counted(stream), drafting=drafter is not None):
+    texts = itertools.chain(
+        (ByteText().feed(prompt, [PROMPT_STYLE] * len(prompt)),),
+        decoded_text(counted(stream), drafting=drafter is not None),
+    )
+    for text in (Text().join(texts),) if at_once else texts:
         console.print(text, end="", soft_wrap=True)
     console.print()
     return tokens, rounds
@@ -120,7 +128,7 @@ def print_samples(
 ) -> None:
     """The same prompt continued plainly, then speculatively in colours."""
     plain_key, speculative_key = jax.random.split(key)
-    options = {"max_new_tokens": max_new_tokens, "sampling": sampling}
+    options = {"max_new_tokens": max_new_tokens, "sampling": sampling, "at_once": True}
     console.rule(f"{title}: plain decoding")
     print_stream(console, target, None, prompt, key=plain_key, **options)
     console.rule(f"{title}: speculative decoding")

@@ -9,6 +9,7 @@ Every field can be set: `--steps 100`, `--target.depth 4`; `--help` lists them a
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -69,7 +70,9 @@ class TrainDraftConfig(RunConfig):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.gamma < 0:
             raise ValueError(f"gamma must be at least 0, got {self.gamma}")
-        self.sampling.checked()
+        # Not `sampling.checked()`: it makes arrays, and no array may be made before `jax.distributed` starts.
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be a finite number >= 0, got {self.temperature}")
 
     @property
     def sampling(self) -> spec_jax.Sampling:

@@ -176,6 +176,7 @@ class _Loop:
             reports = [self.evaluate_fn(state.models, tokens)[1] for tokens in self.validation_batches()]
             means = {name: float(np.mean([report[name] for report in reports])) for name in reports[0]}
         self.validation_bits = bits_per_byte(means[self.job.main_loss])
+        self.to.progress.validated(self.validation_bits)
         if self.to.metrics is not None:
             losses = {f"validation/{name}": value for name, value in means.items()}
             bits = {
