@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 demo: setup
-	$(RUN) -m experiments.train_draft cpu --output runs/demo
+	$(RUN) -m experiments.train_draft cpu --output runs/demo --overwrite
 
 test: setup
 	$(VENV)/bin/ruff check .
