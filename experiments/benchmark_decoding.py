@@ -179,7 +179,7 @@ def _speculative(config: Config, target: Any, draft: Any, with_torch: bool) -> d
 def _models_only(config: Config, target: Any, drafter: spec_jax.SmallModel, prompt: np.ndarray) -> Callable[[int], Any]:
     """Nothing but the forwards of a speculative decode at its cache sizes: prefill, then so many rounds."""
     width = checks.bucket(prompt.shape[1])
-    size = checks.bucket(width + config.max_new_tokens + config.gamma + 1)
+    size = checks.checked_size(None, width=width, max_new_tokens=config.max_new_tokens, gamma=config.gamma)
     # Half the output on average: masked slots cost what live ones do, so the exact length does not matter.
     length_b = jnp.full((prompt.shape[0],), prompt.shape[1] + config.max_new_tokens // 2, jnp.int32)
 
@@ -208,7 +208,7 @@ def _memory(config: Config, target: Any, drafter: Any, batch: int) -> dict[str, 
     """Bytes of the compiled decoding program, and of the weights and caches it cannot do without."""
     prompt = _prompt(config, batch)
     padded = checks.bucket(prompt.shape[1])
-    size = checks.bucket(padded + config.max_new_tokens + drafter.gamma + 1)
+    size = checks.checked_size(None, width=padded, max_new_tokens=config.max_new_tokens, gamma=drafter.gamma)
     request = loop.Request(
         key=jax.random.key(0),
         row_ids_b=jnp.arange(batch, dtype=jnp.uint32),

@@ -58,7 +58,7 @@ class StageLoops:
             max_new_tokens=jnp.int32(max_new_tokens),
             verification=Verification.REJECTION,
         )
-        size = checks.bucket(checks.bucket(width) + max_new_tokens + drafter.gamma + 1)
+        size = checks.checked_size(None, width=checks.bucket(width), max_new_tokens=max_new_tokens, gamma=drafter.gamma)
         length_b = jnp.full((batch,), width, jnp.int32)
         start = functools.partial(loop.start, size=size)
         state = _zeros(jax.eval_shape(start, target, drafter, jnp.asarray(prompt, jnp.int32), length_b, request))
@@ -93,8 +93,7 @@ def _propose(
 
 def _window(state: loop.DecodeState, proposal: Proposal) -> jax.Array:
     """(B, J + 1): the last known token, then the draft."""
-    last_b1 = jnp.take_along_axis(state.sequence.tokens_bs, state.sequence.length_b[:, None] - 1, axis=1)
-    return jnp.concatenate((last_b1, proposal.draft.tokens_bj), axis=1)
+    return jnp.concatenate((state.sequence.last_b1, proposal.draft.tokens_bj), axis=1)
 
 
 @jax.jit

@@ -5,8 +5,8 @@ V vocabulary, J drafted tokens, P prompt positions. Arrays carry them: `logits_b
 """
 
 from spec_jax.cache import KVCache as KVCache
+from spec_jax.config import DecoderConfig as DecoderConfig
 from spec_jax.decoder import Decoder as Decoder
-from spec_jax.decoder import DecoderConfig as DecoderConfig
 from spec_jax.decoder import DecoderOutput as DecoderOutput
 from spec_jax.decoding import StreamedRound as StreamedRound
 from spec_jax.decoding import base_decoding as base_decoding

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
+from numpy.typing import ArrayLike
 
 from spec_jax.drafters.base import Drafter, LanguageModel
 from spec_jax.verification import Verification
@@ -20,13 +20,13 @@ def checked_prompt(
       ValueError: a prompt that is empty, not of rank 2, not integer, or has a token outside the vocabulary within
         its length; lengths of another shape or type, or outside [1, P].
     """
-    prompt_bp = np.asarray(prompt)
+    prompt_bp = _array("prompt", prompt)
     if prompt_bp.ndim != 2 or not np.issubdtype(prompt_bp.dtype, np.integer):
         raise ValueError(f"prompt must be (B, T) integers, got {prompt_bp.shape} {prompt_bp.dtype}")
     batch, width = prompt_bp.shape
     if batch == 0 or width == 0:
         raise ValueError(f"prompt must have at least one row and one token, got shape {prompt_bp.shape}")
-    length_b = np.full((batch,), width) if prompt_length is None else np.asarray(prompt_length)
+    length_b = np.full((batch,), width) if prompt_length is None else _array("prompt_length", prompt_length)
     if length_b.shape != (batch,) or not np.issubdtype(length_b.dtype, np.integer):
         raise ValueError(f"prompt_length must be ({batch},) integers, got {length_b.shape} {length_b.dtype}")
     if length_b.min() < 1 or length_b.max() > width:
@@ -50,8 +50,11 @@ def checked_drafter(target: LanguageModel, drafter: Drafter, verification: str, 
       ValueError: negative gamma, different vocabularies, an unknown rule, or lenience outside (0, 1] or with a rule
         that has none.
     """
-    if isinstance(drafter.gamma, bool) or not isinstance(drafter.gamma, int | np.integer) or drafter.gamma < 0:
+    if not isinstance(drafter, Drafter):
+        raise ValueError(f"drafter must be a spec_jax.Drafter, such as SmallModel(draft), got {drafter!r}")
+    if not _is_integer(drafter.gamma) or drafter.gamma < 0:
         raise ValueError(f"gamma must be an integer >= 0, got {drafter.gamma!r}")
+    drafter.check(target)
     if drafter.vocab_size is not None and drafter.vocab_size != target.vocab_size:
         raise ValueError(
             f"drafter must have the target's vocabulary of {target.vocab_size} tokens, got {drafter.vocab_size}"
@@ -61,7 +64,9 @@ def checked_drafter(target: LanguageModel, drafter: Drafter, verification: str, 
     except ValueError:
         names = ", ".join(repr(str(name)) for name in Verification)
         raise ValueError(f"verification must be one of {names}, got {verification!r}") from None
-    if not isinstance(lenience, float | int | np.number) or not 0 < lenience <= 1:
+    if isinstance(lenience, jax.Array) and lenience.ndim == 0:
+        lenience = lenience.item()
+    if isinstance(lenience, bool) or not isinstance(lenience, float | int | np.number) or not 0 < lenience <= 1:
         raise ValueError(f"lenience must be in (0, 1], got {lenience!r}")
     if lenience != 1 and rule != Verification.REJECTION:
         raise ValueError(f"lenience must be 1 for verification {str(rule)!r}: only 'rejection' has it; got {lenience}")
@@ -76,7 +81,7 @@ def checked_row_ids(row_ids: ArrayLike | None, batch: int) -> jax.Array:
     """
     if row_ids is None:
         return jnp.arange(batch, dtype=jnp.uint32)
-    ids_b = np.asarray(row_ids)
+    ids_b = _array("row_ids", row_ids)
     integers = ids_b.shape == (batch,) and np.issubdtype(ids_b.dtype, np.integer)
     if not integers or ids_b.min() < 0 or ids_b.max() >= 2**32:
         raise ValueError(f"row_ids must be ({batch},) integers >= 0, got {ids_b.shape} {ids_b.dtype}: {ids_b}")
@@ -112,9 +117,20 @@ def checked_token(name: str, token: int, vocab_size: int) -> jax.Array:
     Raises:
       ValueError: not an integer, or outside the vocabulary.
     """
-    if isinstance(token, bool) or not isinstance(token, int | np.integer) or not 0 <= token < vocab_size:
+    if not _is_integer(token) or not 0 <= token < vocab_size:
         raise ValueError(f"{name} must be a token in [0, {vocab_size}), got {token}")
     return jnp.int32(token)
+
+
+def checked_pad(pad_id: int) -> jax.Array:
+    """() int32, any integer: it is output only, and −1 is as good as a token.
+
+    Raises:
+      ValueError: not an integer, or too large for int32.
+    """
+    if not _is_integer(pad_id) or not -(2**31) <= pad_id < 2**31:
+        raise ValueError(f"pad_id must be an integer of 32 bits, got {pad_id!r}")
+    return jnp.int32(pad_id)
 
 
 def bucket(length: int, step: int = 64) -> int:
@@ -128,14 +144,25 @@ def checked_size(cache_size: int | None, *, width: int, max_new_tokens: int, gam
     Raises:
       ValueError: negative `max_new_tokens`, or a cache too small.
     """
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 0:
+    if not _is_integer(max_new_tokens) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be an integer >= 0, got {max_new_tokens!r}")
-    needed = width + int(max_new_tokens) + gamma + 1
     if cache_size is None:
-        return bucket(needed)
-    if cache_size < needed:
+        return bucket(width + bucket(int(max_new_tokens)) + gamma + 1)
+    needed = width + int(max_new_tokens) + gamma + 1
+    if not _is_integer(cache_size) or cache_size < needed:
         raise ValueError(
             f"cache_size must be at least {needed} (prompt {width} + max_new_tokens {max_new_tokens} + "
             f"gamma {gamma} + 1), got {cache_size}"
         )
-    return cache_size
+    return int(cache_size)
+
+
+def _array(name: str, value: ArrayLike) -> np.ndarray:
+    try:
+        return np.asarray(value)
+    except ValueError as error:  # Rows of different lengths.
+        raise ValueError(f"{name} must be one rectangular array, padded where rows are shorter: {error}") from None
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)

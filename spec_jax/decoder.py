@@ -2,61 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from flax import nnx, struct
 
 from spec_jax.cache import KVCache
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
-    """Sizes of a decoder.
-
-    Attributes:
-      vocab_size: number of tokens (256 for bytes).
-      dim: width of the residual stream.
-      depth: number of blocks.
-      heads: query heads.
-      kv_heads: key-value heads, a divisor of `heads`; None is one per query head.
-      dim_head: width of a head, even (rotary embeddings turn pairs).
-      ff_mult: hidden width of the feed-forward as a multiple of `dim`.
-      rotary_base: base of the rotary frequencies (RoFormer, 2104.09864).
-      norm_epsilon: added to the mean square in every RMS norm.
-      dtype: compute and cache dtype. Weights, norms' statistics, softmax and logits are float32 whatever it is.
-    """
-
-    vocab_size: int = 256
-    dim: int = 512
-    depth: int = 10
-    heads: int = 8
-    kv_heads: int | None = None
-    dim_head: int = 64
-    ff_mult: int = 4
-    rotary_base: float = 10_000.0
-    norm_epsilon: float = 2.0**-23
-    dtype: Literal["float32", "bfloat16"] = "float32"
-
-    def __post_init__(self) -> None:
-        for name in ("vocab_size", "dim", "depth", "heads", "dim_head", "ff_mult", "num_kv_heads"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name.removeprefix('num_')} must be at least 1, got {value}")
-        if self.dim_head % 2:
-            raise ValueError(f"dim_head must be even for rotary embeddings, got {self.dim_head}")
-        if self.heads % self.num_kv_heads:
-            raise ValueError(f"kv_heads must divide heads = {self.heads}, got {self.kv_heads}")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {self.dtype!r}")
-
-    @property
-    def num_kv_heads(self) -> int:
-        """Key-value heads, with the default resolved."""
-        return self.heads if self.kv_heads is None else self.kv_heads
+from spec_jax.config import DecoderConfig
+from spec_jax.layers import Block, FeedForwardFactory, Head, rms_norm, run_blocks
 
 
 @struct.dataclass
@@ -67,16 +21,14 @@ class DecoderOutput:
       logits: (B, T, V) float32, the next token's unnormalised log-probabilities after each position.
       hidden: (B, T, D), the residual stream after the last block, before the head's norm.
       cache: the cache with these T positions appended, or None when none was passed.
+      early_hidden: (B, T, D), the residual stream where the early exit branches off: after `early_exit_layer` blocks,
+        or after none in a decoder without an exit.
     """
 
     logits: jax.Array
     hidden: jax.Array
     cache: KVCache | None
-
-
-FeedForwardFactory = Callable[[int, nnx.Rngs], nnx.Module]
-"""Makes the feed-forward of a block from (layer index, rngs): a module called as `module(hidden_btd) -> (B, T, D)`,
-with its own input norm."""
+    early_hidden: jax.Array
 
 
 class Decoder(nnx.Module):
@@ -92,6 +44,7 @@ class Decoder(nnx.Module):
         self.embed = nnx.Embed(config.vocab_size, config.dim, dtype=jnp.dtype(config.dtype), rngs=rngs)
         self.blocks = nnx.List([Block(config, layer, feed_forward, rngs=rngs) for layer in range(config.depth)])
         self.head = Head(config, rngs=rngs)
+        self.early_exit = None if config.early_exit_layer is None else EarlyExitBranch(config, feed_forward, rngs=rngs)
 
     def __call__(self, tokens_bt: jax.Array, cache: KVCache | None = None) -> DecoderOutput:
         """Reads T tokens a row, behind what the cache holds of that row.
@@ -111,34 +64,80 @@ class Decoder(nnx.Module):
             raise ValueError(f"tokens must be (B, T) integers, got {tokens_bt.shape} {tokens_bt.dtype}")
         if cache is not None and tokens_bt.shape[1] > cache.size:
             raise ValueError(f"tokens must fit the cache's {cache.size} slots, got {tokens_bt.shape[1]} a row")
-        hidden_btd, cache = self.run_blocks(self.embed(tokens_bt), cache)
+        early_btd, cache = self.early(tokens_bt, cache)
+        return self.late(early_btd, cache)
+
+    def early(self, tokens_bt: jax.Array, cache: KVCache | None = None) -> tuple[jax.Array, KVCache | None]:
+        """Embedding and the blocks before the early exit: the first half of a forward.
+
+        Returns:
+          (B, T, D) hidden states, and the cache with those blocks' slots written; its lengths stay.
+        """
+        return self.run_blocks(self.embed(tokens_bt), cache, last=self.config.early_exit_layer or 0)
+
+    def late(self, early_btd: jax.Array, cache: KVCache | None = None) -> DecoderOutput:
+        """The blocks behind the early exit, and the head: the second half of a forward.
+
+        Args:
+          early_btd: (B, T, D) hidden states from `early`, at once or position by position.
+          cache: the cache into which `early` has written these T positions, at the length from before them.
+
+        Returns:
+          What one forward gives.
+        """
+        hidden_btd, cache = self.run_blocks(early_btd, cache, first=self.config.early_exit_layer or 0)
         if cache is not None:
-            cache = cache.with_length(cache.length_b + tokens_bt.shape[1])
-        return DecoderOutput(logits=self.head(hidden_btd), hidden=hidden_btd, cache=cache)
+            cache = cache.with_length(cache.length_b + early_btd.shape[1])
+        return DecoderOutput(logits=self.head(hidden_btd), hidden=hidden_btd, cache=cache, early_hidden=early_btd)
 
     def run_blocks(
         self, hidden_btd: jax.Array, cache: KVCache | None, *, first: int = 0, last: int | None = None
     ) -> tuple[jax.Array, KVCache | None]:
         """Blocks [first, last) on T positions behind the cache, which keeps its lengths."""
-        batch, positions = hidden_btd.shape[:2]
-        start_b = jnp.zeros((batch,), jnp.int32) if cache is None else cache.length_b
-        position_bt = start_b[:, None] + jnp.arange(positions)[None, :]
-        rotary = rotary_angles(position_bt, self.config)
-        for layer in range(first, self.config.depth if last is None else last):
-            hidden_btd, cache = self.blocks[layer](hidden_btd, position_bt, rotary, cache)
-        return hidden_btd, cache
+        return run_blocks(self.blocks[first : self.config.depth if last is None else last], hidden_btd, cache)
 
-    def init_cache(self, batch: int, size: int) -> KVCache:
-        """An empty cache of `size` slots a row, in the compute dtype."""
+    def without(
+        self,
+        tokens_bt: jax.Array,
+        cache: KVCache | None,
+        *,
+        attention: Collection[int] = (),
+        feed_forward: Collection[int] = (),
+    ) -> tuple[jax.Array, KVCache | None]:
+        """A forward that leaves sublayers out: the residual stream passes them by.
+
+        Args:
+          tokens_bt: (B, T) integers.
+          cache: what each row has read so far, or None.
+          attention: layers whose attention is left out; their slots of the cache stay unwritten.
+          feed_forward: layers whose feed-forward is left out.
+
+        Returns:
+          (B, T, V) logits, and the cache with the other layers' slots written; its lengths stay.
+        """
+        hidden_btd, cache = run_blocks(
+            self.blocks, self.embed(tokens_bt), cache, no_attention=attention, no_feed_forward=feed_forward
+        )
+        return self.head(hidden_btd), cache
+
+    def init_cache(self, batch: int, size: int, *, layers: int | None = None) -> KVCache:
+        """An empty cache of `size` slots a row, in the compute dtype; for all `depth` layers by default."""
         config = self.config
         return KVCache.create(
             batch=batch,
             size=size,
-            layers=config.depth,
+            layers=config.depth if layers is None else layers,
             kv_heads=config.num_kv_heads,
             dim_head=config.dim_head,
             dtype=config.dtype,
         )
+
+    def init_exit_cache(self, batch: int, size: int) -> KVCache | None:
+        """An empty cache for the exit's own blocks, or None when it has none."""
+        config = self.config
+        if not config.early_exit_extra_blocks:
+            return None
+        return self.init_cache(batch, size, layers=config.early_exit_extra_blocks)
 
     @property
     def vocab_size(self) -> int:
@@ -146,122 +145,50 @@ class Decoder(nnx.Module):
         return self.config.vocab_size
 
 
-class Block(nnx.Module):
-    """Residual attention, then residual feed-forward."""
+class EarlyExitBranch(nnx.Module):
+    """From the hidden states after `early_exit_layer` blocks to logits: blocks of its own, norm, projection."""
 
-    def __init__(
-        self, config: DecoderConfig, layer: int, feed_forward: FeedForwardFactory | None, *, rngs: nnx.Rngs
-    ) -> None:
-        self.layer = layer
-        self.attention = Attention(config, rngs=rngs)
-        self.feed_forward = FeedForward(config, rngs=rngs) if feed_forward is None else feed_forward(layer, rngs)
+    def __init__(self, config: DecoderConfig, feed_forward: FeedForwardFactory | None, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        layers = range(config.early_exit_extra_blocks)
+        self.blocks = nnx.List([Block(config, layer, feed_forward, rngs=rngs) for layer in layers])
+        self.head = Head(config, rngs=rngs)
+        # Starts at 0: an exit without recycling, until training finds a use for it.
+        self.recycle = Recycle(config, rngs=rngs) if config.early_exit_recycling else None
 
     def __call__(
-        self,
-        hidden_btd: jax.Array,
-        position_bt: jax.Array,
-        rotary: tuple[jax.Array, jax.Array],
-        cache: KVCache | None,
+        self, early_btd: jax.Array, cache: KVCache | None = None, recycled_btd: jax.Array | None = None
     ) -> tuple[jax.Array, KVCache | None]:
-        """T positions through this block, their keys and values appended to its slots of the cache."""
-        query_btnh, key_bkth, value_bkth = self.attention.project(hidden_btd, rotary)
-        if cache is not None:
-            cache = cache.append(self.layer, key_bkth, value_bkth)
-            key_bkth, value_bkth = cache.keys[self.layer], cache.values[self.layer]
-        hidden_btd = hidden_btd + self.attention.attend(query_btnh, key_bkth, value_bkth, position_bt)
-        return hidden_btd + self.feed_forward(hidden_btd), cache
+        """The exit's logits.
 
+        Args:
+          early_btd: (B, T, D) hidden states from `Decoder.early`.
+          cache: of the exit's own blocks, or None.
+          recycled_btd: (B, T, D), for each position the trunk's last hidden state of an earlier one, 0 where there is
+            none; needed when the exit recycles.
 
-class Attention(nnx.Module):
-    """RMS-normed causal attention with rotary positions and, optionally, fewer key-value heads than query heads."""
-
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
-        self.config = config
-        query_dim, kv_dim = config.heads * config.dim_head, config.num_kv_heads * config.dim_head
-        self.norm = rms_norm(config, rngs)
-        self.to_qkv = linear(config, config.dim, query_dim + 2 * kv_dim, rngs)
-        self.to_out = linear(config, query_dim, config.dim, rngs)
-
-    def project(
-        self, hidden_btd: jax.Array, rotary: tuple[jax.Array, jax.Array]
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Rotated queries (B, T, N, H), rotated keys and plain values (B, K, T, H)."""
-        config = self.config
-        query_dim, kv_dim = config.heads * config.dim_head, config.num_kv_heads * config.dim_head
-        qkv = self.to_qkv(self.norm(hidden_btd))
-        query, key, value = jnp.split(qkv, (query_dim, query_dim + kv_dim), axis=-1)
-        query_btnh = rotate(rearrange(query, "b t (n h) -> b t n h", n=config.heads), rotary)
-        key_btkh = rotate(rearrange(key, "b t (k h) -> b t k h", k=config.num_kv_heads), rotary)
-        value_bkth = rearrange(value, "b t (k h) -> b k t h", k=config.num_kv_heads)
-        return query_btnh, key_btkh.transpose(0, 2, 1, 3), value_bkth
-
-    def attend(
-        self, query_btnh: jax.Array, keys_bksh: jax.Array, values_bksh: jax.Array, position_bt: jax.Array
-    ) -> jax.Array:
-        """Each position attends to the slots up to its own; returns (B, T, D).
-
-        The keys stand on the left of the first product because the contracted axis is then the last one on both
-        sides: otherwise XLA transposes the whole key cache at every step on a CPU (8.9 ms a step, not 7.6).
+        Returns:
+          (B, T, V) float32 logits, and the cache with these positions written; its lengths stay.
         """
-        config = self.config
-        query_bkth = rearrange(query_btnh, "b t (k g) h -> b k (g t) h", k=config.num_kv_heads)
-        query_bkth = query_bkth * config.dim_head**-0.5
-        scores_bkst = jnp.einsum("bksh,bkth->bkst", keys_bksh, query_bkth, preferred_element_type=jnp.float32)
-        visible_bts = jnp.arange(keys_bksh.shape[2])[None, None, :] <= position_bt[:, :, None]
-        visible_b1ts = jnp.tile(visible_bts, (1, config.heads // config.num_kv_heads, 1))[:, None]
-        scores_bkts = jnp.where(visible_b1ts, scores_bkst.transpose(0, 1, 3, 2), jnp.finfo(jnp.float32).min)
-        weights_bkts = jax.nn.softmax(scores_bkts, axis=-1).astype(values_bksh.dtype)
-        mixed_bkth = jnp.einsum("bkts,bksh->bkth", weights_bkts, values_bksh)
-        return self.to_out(rearrange(mixed_bkth, "b k (g t) h -> b t (k g h)", t=query_btnh.shape[1]))
+        if self.config.detach_early_exit_hiddens:
+            early_btd = jax.lax.stop_gradient(early_btd)
+        if self.recycle is not None:
+            if recycled_btd is None:
+                raise ValueError("recycled must be given to an exit with early_exit_recycling, got None")
+            early_btd = early_btd + self.recycle(jax.lax.stop_gradient(recycled_btd))
+        hidden_btd, cache = run_blocks(self.blocks, early_btd, cache)
+        return self.head(hidden_btd), cache
 
 
-class FeedForward(nnx.Module):
-    """RMS norm, linear, GELU, linear."""
+class Recycle(nnx.Module):
+    """RMS norm and a projection that starts at 0."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
         self.norm = rms_norm(config, rngs)
-        self.up = linear(config, config.dim, config.dim * config.ff_mult, rngs, use_bias=True)
-        self.down = linear(config, config.dim * config.ff_mult, config.dim, rngs, use_bias=True)
+        zeros = nnx.initializers.zeros_init()
+        dtype = jnp.dtype(config.dtype)
+        self.project = nnx.Linear(config.dim, config.dim, use_bias=False, kernel_init=zeros, dtype=dtype, rngs=rngs)
 
     def __call__(self, hidden_btd: jax.Array) -> jax.Array:
-        """(B, T, D) to (B, T, D), without the residual."""
-        return self.down(jax.nn.gelu(self.up(self.norm(hidden_btd)), approximate=False))
-
-
-class Head(nnx.Module):
-    """RMS norm and projection to float32 logits."""
-
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
-        self.norm = rms_norm(config, rngs)
-        self.to_logits = linear(config, config.dim, config.vocab_size, rngs)
-
-    def __call__(self, hidden_btd: jax.Array) -> jax.Array:
-        """(B, T, D) to (B, T, V) float32."""
-        return self.to_logits(self.norm(hidden_btd)).astype(jnp.float32)
-
-
-def linear(
-    config: DecoderConfig, in_features: int, out_features: int, rngs: nnx.Rngs, *, use_bias: bool = False
-) -> nnx.Linear:
-    """A float32 linear layer that computes in the configured dtype."""
-    return nnx.Linear(in_features, out_features, use_bias=use_bias, dtype=jnp.dtype(config.dtype), rngs=rngs)
-
-
-def rms_norm(config: DecoderConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    """An RMS norm with float32 statistics and scale."""
-    return nnx.RMSNorm(config.dim, epsilon=config.norm_epsilon, dtype=jnp.dtype(config.dtype), rngs=rngs)
-
-
-def rotary_angles(position_bt: jax.Array, config: DecoderConfig) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine (B, T, 1, H/2) of each position's angles, float32 (RoFormer, 2104.09864, eq. 15)."""
-    exponent_h = jnp.arange(0, config.dim_head, 2, dtype=jnp.float32) / config.dim_head
-    angle_bth = position_bt[:, :, None].astype(jnp.float32) * config.rotary_base ** -exponent_h[None, None, :]
-    return jnp.cos(angle_bth)[:, :, None], jnp.sin(angle_bth)[:, :, None]
-
-
-def rotate(features_btnh: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turns feature i of the first half against feature i of the second half by the position's i-th angle."""
-    cosine, sine = rotary
-    first, second = jnp.split(features_btnh.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate((first * cosine - second * sine, second * cosine + first * sine), axis=-1)
-    return turned.astype(features_btnh.dtype)
+        """(B, T, D) to (B, T, D)."""
+        return self.project(self.norm(hidden_btd))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax.typing import ArrayLike
+from numpy.typing import ArrayLike
 
 from spec_jax import checks, loop
 from spec_jax.drafters.base import Drafter, LanguageModel
@@ -223,7 +223,7 @@ def _prepare(
         sampling=sampling.checked(),
         lenience=jnp.float32(lenience),
         eos_id=jnp.int32(-1) if eos_id is None else checks.checked_token("eos_id", eos_id, vocab_size),
-        pad_id=jnp.int32(pad_id),
+        pad_id=checks.checked_pad(pad_id),
         max_new_tokens=jnp.int32(max_new_tokens),
         verification=rule,
     )

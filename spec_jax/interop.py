@@ -11,7 +11,8 @@ import numpy as np
 from flax import nnx
 from numpy.typing import ArrayLike
 
-from spec_jax.decoder import Decoder, DecoderConfig
+from spec_jax.config import DecoderConfig
+from spec_jax.decoder import Decoder
 
 # The original's constructor arguments, and what they are called here.
 _CONFIG_NAMES = {

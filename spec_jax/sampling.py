@@ -62,11 +62,8 @@ class Sampling:
 def _require(name: str, value: Scalar, holds, expected: str) -> None:
     if isinstance(value, Tracer):
         return
-    if (
-        np.ndim(value) != 0
-        or not isinstance(value, float | int | np.generic | np.ndarray | jax.Array)
-        or not holds(float(value))
-    ):
+    numeric = isinstance(value, float | int | np.number | np.ndarray | jax.Array) and not isinstance(value, bool)
+    if not numeric or np.ndim(value) != 0 or not holds(float(value)):
         raise ValueError(f"{name} must be {expected}, got {value}")
 
 

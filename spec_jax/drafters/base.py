@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 
 from spec_jax.verification import Draft
@@ -78,6 +79,15 @@ class Sequence:
     tokens_bs: jax.Array
     length_b: jax.Array
 
+    def window(self, start_b: jax.Array, width: int) -> jax.Array:
+        """(B, width) tokens from each row's own start on."""
+        return jnp.take_along_axis(self.tokens_bs, start_b[:, None] + jnp.arange(width)[None, :], axis=1)
+
+    @property
+    def last_b1(self) -> jax.Array:
+        """(B, 1), the last known token."""
+        return self.window(self.length_b - 1, 1)
+
 
 @struct.dataclass
 class Proposal:
@@ -109,6 +119,14 @@ class Drafter(abc.ABC):
         """Number of tokens the draft knows, or None when it takes whatever the target has."""
         return None
 
+    def check(self, target: LanguageModel) -> None:
+        """Whether this strategy can draft for this target; called on the host, before anything is traced.
+
+        Raises:
+          ValueError: it cannot.
+        """
+        del target
+
     @abc.abstractmethod
     def start(self, target: LanguageModel, sequence: Sequence, prefill: Output, size: int) -> Any:
         """The strategy's state after the target has read the prompts.
@@ -134,3 +152,15 @@ class Drafter(abc.ABC):
         """The state after the round: `emitted_b` (B,) tokens were added, so `scored` is valid up to that offset."""
         del scored, emitted_b
         return state
+
+
+def stack_draft(tokens_jb: list[jax.Array], log_probs_jbv: list[jax.Array], *, batch: int, vocab_size: int) -> Draft:
+    """A draft of J tokens in every row, J = 0 included."""
+    if not tokens_jb:
+        return Draft(
+            jnp.zeros((batch, 0), jnp.int32),
+            jnp.zeros((batch, 0, vocab_size)),
+            jnp.zeros((batch,), jnp.int32),
+        )
+    count_b = jnp.full((batch,), len(tokens_jb), jnp.int32)
+    return Draft(jnp.stack(tokens_jb, axis=1), jnp.stack(log_probs_jbv, axis=1), count_b)

@@ -6,8 +6,7 @@ from typing import Any
 
 from flax import struct
 
-from spec_jax.drafters.base import Choose, Drafter, LanguageModel, Output, Proposal, Sequence
-from spec_jax.drafters.small_model import stack_draft
+from spec_jax.drafters.base import Choose, Drafter, LanguageModel, Output, Proposal, Sequence, stack_draft
 
 
 @struct.dataclass

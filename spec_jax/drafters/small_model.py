@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import struct
 
-from spec_jax.drafters.base import Choose, Drafter, LanguageModel, Output, Proposal, Sequence
-from spec_jax.verification import Draft
+from spec_jax.drafters.base import Choose, Drafter, LanguageModel, Output, Proposal, Sequence, stack_draft
 
 
 @struct.dataclass
@@ -46,7 +44,7 @@ class SmallModel(Drafter):
         length_b, cache = sequence.length_b, state
         # A row of one token has no second to last: its window is that token and a leftover, read and overwritten.
         start_b = jnp.maximum(length_b - 2, 0)
-        window_bt = jnp.take_along_axis(sequence.tokens_bs, start_b[:, None] + jnp.arange(2)[None, :], axis=1)
+        window_bt = sequence.window(start_b, 2)
         last_b11 = (length_b - 1 - start_b)[:, None, None]
         for offset in range(self.gamma):
             if offset == 0:
@@ -61,15 +59,3 @@ class SmallModel(Drafter):
             log_probs_jbv.append(log_probs_bv)
         draft = stack_draft(tokens_jb, log_probs_jbv, batch=length_b.shape[0], vocab_size=target.vocab_size)
         return Proposal(draft, target_cache, cache)
-
-
-def stack_draft(tokens_jb: list[jax.Array], log_probs_jbv: list[jax.Array], *, batch: int, vocab_size: int) -> Draft:
-    """A draft of J tokens in every row, J = 0 included."""
-    if not tokens_jb:
-        return Draft(
-            jnp.zeros((batch, 0), jnp.int32),
-            jnp.zeros((batch, 0, vocab_size)),
-            jnp.zeros((batch,), jnp.int32),
-        )
-    count_b = jnp.full((batch,), len(tokens_jb), jnp.int32)
-    return Draft(jnp.stack(tokens_jb, axis=1), jnp.stack(log_probs_jbv, axis=1), count_b)

@@ -34,6 +34,9 @@ OF_EVERY_DECODING: list[tuple[dict[str, Any], str]] = [
     ({"prompt": [[1, 2], [1, 4]]}, "prompt must hold tokens in [0, 4), got 4 at row 1, position 1"),
     ({"prompt": [[1, -1]]}, "prompt must hold tokens in [0, 4), got -1 at row 0, position 1"),
     ({"prompt": jnp.full((1, 2), 200, jnp.uint8)}, "prompt must hold tokens in [0, 4), got 200 at row 0, position 0"),
+    ({"prompt": [[1, 2], [1]]}, "prompt must be one rectangular array, padded where rows are shorter"),
+    ({"prompt": "abc"}, "prompt must be (B, T) integers, got () <U3"),
+    ({"prompt_length": [[1], [1, 2]]}, "prompt_length must be one rectangular array"),
     ({"prompt_length": [0, 3]}, "prompt_length must be in [1, 3], got 0 to 3"),
     ({"prompt_length": [1, 4]}, "prompt_length must be in [1, 3], got 1 to 4"),
     ({"prompt_length": [1, 2, 3]}, "prompt_length must be (2,) integers, got (3,) int64"),
@@ -43,6 +46,9 @@ OF_EVERY_DECODING: list[tuple[dict[str, Any], str]] = [
     ({"max_new_tokens": 1.5}, "max_new_tokens must be an integer >= 0, got 1.5"),
     ({"max_new_tokens": True}, "max_new_tokens must be an integer >= 0, got True"),
     ({"cache_size": 5}, "cache_size must be at least"),
+    ({"cache_size": 20.5}, "cache_size must be at least"),
+    ({"pad_id": 1.5}, "pad_id must be an integer of 32 bits, got 1.5"),
+    ({"pad_id": 2**31}, "pad_id must be an integer of 32 bits, got 2147483648"),
     (
         {"key": jax.random.split(jax.random.key(0))},
         "key must be one key, as jax.random.key(seed) gives, got (2,) key<fry>",
@@ -62,6 +68,8 @@ OF_EVERY_DECODING: list[tuple[dict[str, Any], str]] = [
     (sampled(temperature=NAN), "temperature must be a finite number >= 0, got nan"),
     (sampled(temperature=INF), "temperature must be a finite number >= 0, got inf"),
     (sampled(temperature=1e39), "temperature must be a finite number >= 0, got 1e+39"),  # Not finite in float32.
+    (sampled(temperature="a"), "temperature must be a finite number >= 0, got a"),
+    (sampled(temperature=None), "temperature must be a finite number >= 0, got None"),
     (sampled(temperature=np.ones(2)), "temperature must be a finite number >= 0, got [1. 1.]"),
     (sampled(temperature=jnp.float32(-1)), "temperature must be a finite number >= 0, got -1.0"),
     (sampled(top_k=0), "top_k must be at least 1, got 0"),
@@ -88,6 +96,10 @@ OF_SPECULATIVE_DECODING: list[tuple[dict[str, Any], str]] = [
     ({"verification": None}, "verification must be one of 'rejection', 'block', 'coupled', got None"),
     ({"lenience": 0.0}, "lenience must be in (0, 1], got 0.0"),
     ({"lenience": 1.5}, "lenience must be in (0, 1], got 1.5"),
+    ({"lenience": jnp.float32(1.5)}, "lenience must be in (0, 1], got 1.5"),
+    ({"lenience": np.ones(2)}, "lenience must be in (0, 1], got array([1., 1.])"),
+    ({"drafter": None}, "drafter must be a spec_jax.Drafter, such as SmallModel(draft), got None"),
+    ({"drafter": DRAFT}, "drafter must be a spec_jax.Drafter, such as SmallModel(draft), got Toy("),
     ({"lenience": NAN}, "lenience must be in (0, 1], got nan"),
     (
         {"lenience": 0.5, "verification": "block"},
@@ -145,5 +157,7 @@ def test_every_decoding(changed: dict[str, Any], message: str):
 )
 @pytest.mark.parametrize("decode", [speculative_decoding, stream])
 def test_speculative_decoding(decode, changed: dict[str, Any], message: str):
+    if decode is stream and changed == {"drafter": None}:
+        return  # It streams plain decoding.
     with pytest.raises(ValueError, match=re.escape(message)):
         decode(TARGET, **good(**({"drafter": SmallModel(DRAFT)} | changed)))

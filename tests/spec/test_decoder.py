@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from spec_jax import Decoder, DecoderConfig
-from spec_jax.decoder import rotary_angles, rotate
+from spec_jax.layers import rotary_angles, rotate
 from tests.spec.transformers import CONFIG, transformer, uncached
 
 GROUPED = dataclasses.replace(CONFIG, heads=4, dim_head=8, kv_heads=2)

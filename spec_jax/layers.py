@@ -1,0 +1,160 @@
+"""What a decoder is made of: blocks of attention and feed-forward, rotary positions, the output head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+
+from spec_jax.cache import KVCache
+from spec_jax.config import DecoderConfig
+
+FeedForwardFactory = Callable[[int, nnx.Rngs], nnx.Module]
+"""Makes the feed-forward of a block from (layer index, rngs): a module called as `module(hidden_btd) -> (B, T, D)`,
+with its own input norm."""
+
+
+def run_blocks(
+    blocks: Sequence[Block],
+    hidden_btd: jax.Array,
+    cache: KVCache | None,
+    *,
+    no_attention: Collection[int] = (),
+    no_feed_forward: Collection[int] = (),
+) -> tuple[jax.Array, KVCache | None]:
+    """Some blocks on T positions behind the cache, which keeps its lengths; sublayers of the named ones left out."""
+    if not blocks:
+        return hidden_btd, cache
+    batch, positions = hidden_btd.shape[:2]
+    start_b = jnp.zeros((batch,), jnp.int32) if cache is None else cache.length_b
+    position_bt = start_b[:, None] + jnp.arange(positions)[None, :]
+    rotary = rotary_angles(position_bt, blocks[0].attention.config)
+    for block in blocks:
+        if block.layer not in no_attention:
+            hidden_btd, cache = block.attend(hidden_btd, position_bt, rotary, cache)
+        if block.layer not in no_feed_forward:
+            hidden_btd = hidden_btd + block.feed_forward(hidden_btd)
+    return hidden_btd, cache
+
+
+class Block(nnx.Module):
+    """Residual attention, then residual feed-forward."""
+
+    def __init__(
+        self, config: DecoderConfig, layer: int, feed_forward: FeedForwardFactory | None, *, rngs: nnx.Rngs
+    ) -> None:
+        self.layer = layer
+        self.attention = Attention(config, rngs=rngs)
+        self.feed_forward = FeedForward(config, rngs=rngs) if feed_forward is None else feed_forward(layer, rngs)
+
+    def attend(
+        self,
+        hidden_btd: jax.Array,
+        position_bt: jax.Array,
+        rotary: tuple[jax.Array, jax.Array],
+        cache: KVCache | None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """T positions through the attention, their keys and values appended to this layer's slots of the cache."""
+        query_btnh, key_bkth, value_bkth = self.attention.project(hidden_btd, rotary)
+        if cache is not None:
+            cache = cache.append(self.layer, key_bkth, value_bkth)
+            key_bkth, value_bkth = cache.keys[self.layer], cache.values[self.layer]
+        return hidden_btd + self.attention.attend(query_btnh, key_bkth, value_bkth, position_bt), cache
+
+
+class Attention(nnx.Module):
+    """RMS-normed causal attention with rotary positions and, optionally, fewer key-value heads than query heads."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        query_dim, kv_dim = config.heads * config.dim_head, config.num_kv_heads * config.dim_head
+        self.norm = rms_norm(config, rngs)
+        self.to_qkv = linear(config, config.dim, query_dim + 2 * kv_dim, rngs)
+        self.to_out = linear(config, query_dim, config.dim, rngs)
+
+    def project(
+        self, hidden_btd: jax.Array, rotary: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Rotated queries (B, T, N, H), rotated keys and plain values (B, K, T, H)."""
+        config = self.config
+        query_dim, kv_dim = config.heads * config.dim_head, config.num_kv_heads * config.dim_head
+        qkv = self.to_qkv(self.norm(hidden_btd))
+        query, key, value = jnp.split(qkv, (query_dim, query_dim + kv_dim), axis=-1)
+        query_btnh = rotate(rearrange(query, "b t (n h) -> b t n h", n=config.heads), rotary)
+        key_btkh = rotate(rearrange(key, "b t (k h) -> b t k h", k=config.num_kv_heads), rotary)
+        value_bkth = rearrange(value, "b t (k h) -> b k t h", k=config.num_kv_heads)
+        return query_btnh, key_btkh.transpose(0, 2, 1, 3), value_bkth
+
+    def attend(
+        self, query_btnh: jax.Array, keys_bksh: jax.Array, values_bksh: jax.Array, position_bt: jax.Array
+    ) -> jax.Array:
+        """Each position attends to the slots up to its own; returns (B, T, D).
+
+        The keys stand on the left of the first product because the contracted axis is then the last one on both
+        sides: otherwise XLA transposes the whole key cache at every step on a CPU (8.9 ms a step, not 7.6).
+        """
+        config = self.config
+        query_bkth = rearrange(query_btnh, "b t (k g) h -> b k (g t) h", k=config.num_kv_heads)
+        query_bkth = query_bkth * config.dim_head**-0.5
+        scores_bkst = jnp.einsum("bksh,bkth->bkst", keys_bksh, query_bkth, preferred_element_type=jnp.float32)
+        visible_bts = jnp.arange(keys_bksh.shape[2])[None, None, :] <= position_bt[:, :, None]
+        visible_b1ts = jnp.tile(visible_bts, (1, config.heads // config.num_kv_heads, 1))[:, None]
+        scores_bkts = jnp.where(visible_b1ts, scores_bkst.transpose(0, 1, 3, 2), jnp.finfo(jnp.float32).min)
+        weights_bkts = jax.nn.softmax(scores_bkts, axis=-1).astype(values_bksh.dtype)
+        mixed_bkth = jnp.einsum("bkts,bksh->bkth", weights_bkts, values_bksh)
+        return self.to_out(rearrange(mixed_bkth, "b k (g t) h -> b t (k g h)", t=query_btnh.shape[1]))
+
+
+class FeedForward(nnx.Module):
+    """RMS norm, linear, GELU, linear."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
+        self.norm = rms_norm(config, rngs)
+        self.up = linear(config, config.dim, config.dim * config.ff_mult, rngs, use_bias=True)
+        self.down = linear(config, config.dim * config.ff_mult, config.dim, rngs, use_bias=True)
+
+    def __call__(self, hidden_btd: jax.Array) -> jax.Array:
+        """(B, T, D) to (B, T, D), without the residual."""
+        return self.down(jax.nn.gelu(self.up(self.norm(hidden_btd)), approximate=False))
+
+
+class Head(nnx.Module):
+    """RMS norm and projection to float32 logits."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
+        self.norm = rms_norm(config, rngs)
+        self.to_logits = linear(config, config.dim, config.vocab_size, rngs)
+
+    def __call__(self, hidden_btd: jax.Array) -> jax.Array:
+        """(B, T, D) to (B, T, V) float32."""
+        return self.to_logits(self.norm(hidden_btd)).astype(jnp.float32)
+
+
+def linear(
+    config: DecoderConfig, in_features: int, out_features: int, rngs: nnx.Rngs, *, use_bias: bool = False
+) -> nnx.Linear:
+    """A float32 linear layer that computes in the configured dtype."""
+    return nnx.Linear(in_features, out_features, use_bias=use_bias, dtype=jnp.dtype(config.dtype), rngs=rngs)
+
+
+def rms_norm(config: DecoderConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    """An RMS norm with float32 statistics and scale."""
+    return nnx.RMSNorm(config.dim, epsilon=config.norm_epsilon, dtype=jnp.dtype(config.dtype), rngs=rngs)
+
+
+def rotary_angles(position_bt: jax.Array, config: DecoderConfig) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine (B, T, 1, H/2) of each position's angles, float32 (RoFormer, 2104.09864, eq. 15)."""
+    exponent_h = jnp.arange(0, config.dim_head, 2, dtype=jnp.float32) / config.dim_head
+    angle_bth = position_bt[:, :, None].astype(jnp.float32) * config.rotary_base ** -exponent_h[None, None, :]
+    return jnp.cos(angle_bth)[:, :, None], jnp.sin(angle_bth)[:, :, None]
+
+
+def rotate(features_btnh: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turns feature i of the first half against feature i of the second half by the position's i-th angle."""
+    cosine, sine = rotary
+    first, second = jnp.split(features_btnh.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate((first * cosine - second * sine, second * cosine + first * sine), axis=-1)
+    return turned.astype(features_btnh.dtype)
