@@ -13,7 +13,12 @@ from spec_jax.decoding import base_decoding as base_decoding
 from spec_jax.decoding import speculative_decoding as speculative_decoding
 from spec_jax.decoding import stream as stream
 from spec_jax.drafters import Drafter as Drafter
+from spec_jax.drafters import EarlyExit as EarlyExit
+from spec_jax.drafters import LayerSkip as LayerSkip
+from spec_jax.drafters import NGram as NGram
+from spec_jax.drafters import Prophet as Prophet
 from spec_jax.drafters import SmallModel as SmallModel
+from spec_jax.prophet import ModelWithProphet as ModelWithProphet
 from spec_jax.result import DecodeResult as DecodeResult
 from spec_jax.result import DecodeStats as DecodeStats
 from spec_jax.sampling import Sampling as Sampling

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 
 from spec_jax.config import DecoderConfig
 from spec_jax.decoder import Decoder
+from spec_jax.prophet import ModelWithProphet
 
 # The original's constructor arguments, and what they are called here.
 _CONFIG_NAMES = {
@@ -22,9 +23,12 @@ _CONFIG_NAMES = {
     "heads": "heads",
     "dim_head": "dim_head",
     "ff_mult": "ff_mult",
+    "early_exit_layer": "early_exit_layer",
+    "early_exit_extra_transformer_blocks": "early_exit_extra_blocks",
+    "detach_early_exit_hiddens": "detach_early_exit_hiddens",
 }
 # Recomputed here, never a weight.
-_IGNORED = ("rotary_emb.inv_freq",)
+_IGNORED = "rotary_emb.inv_freq"
 
 
 def decoder_from_torch(state_dict: Mapping[str, ArrayLike], **constructor_args: Any) -> Decoder:
@@ -33,7 +37,7 @@ def decoder_from_torch(state_dict: Mapping[str, ArrayLike], **constructor_args: 
     Args:
       state_dict: names to arrays (`{k: v.numpy() for k, v in model.state_dict().items()}`); torch is not needed.
       constructor_args: the arguments that model was made with, under the original's names: num_tokens, dim, depth,
-        heads, dim_head, ff_mult.
+        heads, dim_head, ff_mult, early_exit_layer, early_exit_extra_transformer_blocks, detach_early_exit_hiddens.
 
     Returns:
       The same function of the tokens.
@@ -41,13 +45,58 @@ def decoder_from_torch(state_dict: Mapping[str, ArrayLike], **constructor_args: 
     Raises:
       ValueError: an unknown argument; weights that are missing, left over or of another shape.
     """
-    unknown = sorted(set(constructor_args) - set(_CONFIG_NAMES))
-    if unknown:
-        raise ValueError(f"constructor_args must be among {sorted(_CONFIG_NAMES)}, got {unknown}")
-    config = DecoderConfig(**{_CONFIG_NAMES[name]: value for name, value in constructor_args.items()})
-    given = {name: np.asarray(value) for name, value in state_dict.items() if name not in _IGNORED}
-    decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    return _load(decoder, given)
+    decoder = nnx.eval_shape(lambda: Decoder(_config(constructor_args), rngs=nnx.Rngs(0)))
+    return _load(decoder, torch_names(decoder.config), state_dict)
+
+
+def pair_from_torch(
+    state_dict: Mapping[str, ArrayLike],
+    *,
+    model: Mapping[str, Any],
+    prophet: Mapping[str, Any],
+    prophet_train_length: int = 8,
+    detach_model_embed_for_prophet: bool = False,
+    num_leading_start_tokens: int = 1,
+) -> ModelWithProphet:
+    """A target and its prophet with the weights of the original's `ModelWithProphetWrapper`.
+
+    Args:
+      state_dict: names to arrays, of the wrapper.
+      model: the arguments the target was made with, as in `decoder_from_torch`.
+      prophet: the prophet's.
+      prophet_train_length: the wrapper's own, like the other two.
+      detach_model_embed_for_prophet: as there.
+      num_leading_start_tokens: as there.
+
+    Returns:
+      The same weights. The original never applies the feed-forward layers of either decoder, so a pair that was
+      trained there has random ones: train it further before use.
+
+    Raises:
+      ValueError: an unknown argument; weights that are missing, left over or of another shape.
+    """
+
+    def make() -> ModelWithProphet:
+        rngs = nnx.Rngs(0)
+        return ModelWithProphet(
+            Decoder(_config(model), rngs=rngs),
+            Decoder(_config(prophet), rngs=rngs),
+            prophet_train_length=prophet_train_length,
+            num_leading_start_tokens=num_leading_start_tokens,
+            detach_target_hiddens=detach_model_embed_for_prophet,
+            rngs=rngs,
+        )
+
+    pair = nnx.eval_shape(make)
+    return _load(pair, pair_torch_names(pair), state_dict)
+
+
+def pair_torch_names(pair: ModelWithProphet) -> dict[str, str]:
+    """As `torch_names`, of a target and its prophet."""
+    names = {f".target{ours}": f"model.{theirs}" for ours, theirs in torch_names(pair.target.config).items()}
+    decoder = torch_names(pair.prophet.decoder.config)
+    names |= {f".prophet.decoder{ours}": f"prophet.{theirs}" for ours, theirs in decoder.items()}
+    return names | {".prophet.project.kernel": "to_prophet_start_token.weight"}
 
 
 def to_torch_names(decoder: Decoder) -> dict[str, np.ndarray]:
@@ -65,27 +114,42 @@ def torch_names(config: DecoderConfig) -> dict[str, str]:
         ".embed.embedding": "token_emb.weight",
         ".head.norm.scale": "to_logits.0.weight",
         ".head.to_logits.kernel": "to_logits.1.weight",
+        ".early_exit.head.norm.scale": "to_early_exit_logits.0.weight",
+        ".early_exit.head.to_logits.kernel": "to_early_exit_logits.1.weight",
     }
     for layer in range(config.depth):
-        ours, theirs = f".blocks[{layer}]", f"layers.{layer}"
-        names |= {
-            f"{ours}.attention.norm.scale": f"{theirs}.0.norm.weight",
-            f"{ours}.attention.to_qkv.kernel": f"{theirs}.0.to_qkv.weight",
-            f"{ours}.attention.to_out.kernel": f"{theirs}.0.to_out.weight",
-            f"{ours}.feed_forward.norm.scale": f"{theirs}.1.0.weight",
-            f"{ours}.feed_forward.up.kernel": f"{theirs}.1.1.weight",
-            f"{ours}.feed_forward.up.bias": f"{theirs}.1.1.bias",
-            f"{ours}.feed_forward.down.kernel": f"{theirs}.1.3.weight",
-            f"{ours}.feed_forward.down.bias": f"{theirs}.1.3.bias",
-        }
+        names |= _block_names(f".blocks[{layer}]", f"layers.{layer}")
+    for layer in range(config.early_exit_extra_blocks):
+        names |= _block_names(f".early_exit.blocks[{layer}]", f"early_exit_transformer_blocks.{layer}")
     return names
 
 
-def _load(decoder: Decoder, given: Mapping[str, np.ndarray]) -> Decoder:
-    names = torch_names(decoder.config)
-    paths, structure = jax.tree_util.tree_flatten_with_path(decoder)
-    expected = {names[_name(path)]: leaf for path, leaf in paths}
-    missing, left_over = sorted(set(expected) - set(given)), sorted(set(given) - set(expected))
+def _block_names(ours: str, theirs: str) -> dict[str, str]:
+    return {
+        f"{ours}.attention.norm.scale": f"{theirs}.0.norm.weight",
+        f"{ours}.attention.to_qkv.kernel": f"{theirs}.0.to_qkv.weight",
+        f"{ours}.attention.to_out.kernel": f"{theirs}.0.to_out.weight",
+        f"{ours}.feed_forward.norm.scale": f"{theirs}.1.0.weight",
+        f"{ours}.feed_forward.up.kernel": f"{theirs}.1.1.weight",
+        f"{ours}.feed_forward.up.bias": f"{theirs}.1.1.bias",
+        f"{ours}.feed_forward.down.kernel": f"{theirs}.1.3.weight",
+        f"{ours}.feed_forward.down.bias": f"{theirs}.1.3.bias",
+    }
+
+
+def _config(constructor_args: Mapping[str, Any]) -> DecoderConfig:
+    unknown = sorted(set(constructor_args) - set(_CONFIG_NAMES))
+    if unknown:
+        raise ValueError(f"constructor_args must be among {sorted(_CONFIG_NAMES)}, got {unknown}")
+    return DecoderConfig(**{_CONFIG_NAMES[name]: value for name, value in constructor_args.items()})
+
+
+def _load(model: Any, names: Mapping[str, str], state_dict: Mapping[str, ArrayLike]) -> Any:
+    """The module with the weights filled in; `names` may name more than it has."""
+    given = {name: np.asarray(value) for name, value in state_dict.items() if not name.endswith(_IGNORED)}
+    paths, structure = jax.tree_util.tree_flatten_with_path(model)
+    expected = {names[_name(path)] for path, _ in paths}
+    missing, left_over = sorted(expected - set(given)), sorted(set(given) - expected)
     if missing or left_over:
         raise ValueError(f"state_dict must hold exactly the model's weights, missing {missing}, left over {left_over}")
     leaves = []

@@ -8,6 +8,9 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 
+from spec_jax.decoder import Decoder
+from spec_jax.prophet import ModelWithProphet, PairOutput
+
 Number = TypeVar("Number", float, jax.Array)
 
 
@@ -43,6 +46,100 @@ def next_token_loss(logits_btv: jax.Array, next_tokens_bt: jax.Array, *, mask_bt
     return surprise_bt.sum() / jnp.maximum(mask_bt.sum(), 1)
 
 
+def distillation_loss(
+    draft_logits_btv: jax.Array, target_logits_btv: jax.Array, *, mask_bt: jax.Array | None = None
+) -> jax.Array:
+    """Mean forward KL divergence of the draft from the target, KL(target ‖ draft), over the whole vocabulary.
+
+    Least where the draft has the target's distribution, and it bounds how often its tokens are refused: the
+    acceptance rate of a position is 1 − TV(target, draft). On the target's own samples it is the on-policy distillation
+    of DistillSpec (Zhou 2310.08461, section 3) with the forward KL.
+
+    Args:
+      draft_logits_btv: (B, T, V), of any draft model.
+      target_logits_btv: (B, T, V), of the target at the same positions; no gradient goes there.
+      mask_bt: (B, T) booleans, or None: positions that are False do not count.
+
+    Returns:
+      () float32, nats per counted token.
+
+    Raises:
+      ValueError: shapes that do not go together.
+    """
+    if draft_logits_btv.ndim != 3 or draft_logits_btv.shape != target_logits_btv.shape:
+        raise ValueError(
+            f"draft_logits and target_logits must be (B, T, V) alike, "
+            f"got {draft_logits_btv.shape} and {target_logits_btv.shape}"
+        )
+    target_log_probs_btv = jax.nn.log_softmax(jax.lax.stop_gradient(target_logits_btv).astype(jnp.float32), axis=-1)
+    draft_log_probs_btv = jax.nn.log_softmax(draft_logits_btv.astype(jnp.float32), axis=-1)
+    difference_btv = target_log_probs_btv - draft_log_probs_btv
+    divergence_bt = (jnp.exp(target_log_probs_btv) * difference_btv).sum(-1)
+    if mask_bt is None:
+        return divergence_bt.mean()
+    if mask_bt.shape != divergence_bt.shape or mask_bt.dtype != jnp.bool_:
+        raise ValueError(f"mask must be {divergence_bt.shape} booleans, got {mask_bt.shape} {mask_bt.dtype}")
+    return jnp.where(mask_bt, divergence_bt, 0.0).sum() / jnp.maximum(mask_bt.sum(), 1)
+
+
+def early_exit_logits(
+    decoder: Decoder, tokens_bt: jax.Array, *, recycling_distance: int = 5, key: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Both logits of a decoder with an early exit, from one forward.
+
+    An exit with recycling sees at each position the trunk's last hidden state at an earlier one, as in drafting,
+    where the newest that is there lies 1 to gamma positions back: rounds of `recycling_distance` positions are laid
+    over each row, from a random place on.
+
+    Args:
+      decoder: with `early_exit_layer`.
+      tokens_bt: (B, T) integers.
+      recycling_distance: the gamma to train for; used with recycling only.
+      key: for the place of the rounds; needed with recycling only.
+
+    Returns:
+      The head's and the exit's logits, (B, T, V) float32 each.
+
+    Raises:
+      ValueError: a decoder without an exit, or a missing key.
+    """
+    if decoder.early_exit is None:
+        raise ValueError("decoder must have early_exit_layer for an early-exit loss, got None")
+    output = decoder(tokens_bt)
+    recycled_btd = None
+    if decoder.config.early_exit_recycling:
+        if key is None:
+            raise ValueError("key must be given for an exit with early_exit_recycling, got None")
+        batch, positions = tokens_bt.shape
+        phase_b1 = jax.random.randint(key, (batch, 1), 0, recycling_distance)
+        source_bt = jnp.arange(positions)[None, :] - 1
+        source_bt = source_bt - (source_bt + phase_b1) % recycling_distance
+        recycled_btd = jnp.take_along_axis(output.hidden, jnp.maximum(source_bt, 0)[:, :, None], axis=1)
+        recycled_btd = jnp.where(source_bt[:, :, None] < 0, 0, recycled_btd)
+    return output.logits, decoder.early_exit(output.early_hidden, None, recycled_btd)[0]
+
+
+def prophet_losses(pair: ModelWithProphet, output: PairOutput, tokens_bt: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The next-token losses of the target and of the prophet in every window of every row.
+
+    Args:
+      pair: target and prophet.
+      output: what `pair(tokens_bt)` gave.
+      tokens_bt: (B, T + 1) integers.
+
+    Returns:
+      () float32 each, nats per token.
+    """
+    next_bt = tokens_bt[:, 1:]
+    prophet_loss = next_token_loss(_joined(output.prophet_logits), _joined(pair.windows(next_bt)))
+    return next_token_loss(output.logits, next_bt), prophet_loss
+
+
+def prophet_distillation_loss(pair: ModelWithProphet, output: PairOutput) -> jax.Array:
+    """How far the prophet is from the target in every window: `distillation_loss`, () float32."""
+    return distillation_loss(_joined(output.prophet_logits), _joined(pair.windows(output.logits)))
+
+
 def bits_per_byte(nats_per_byte: Number) -> Number:
     """Bits per byte from a loss in nats, for models whose tokens are bytes."""
     return nats_per_byte / math.log(2)
@@ -52,3 +149,8 @@ def _surprise(logits_btv: jax.Array, tokens_bt: jax.Array) -> jax.Array:
     """(B, T) −log p(token)."""
     token_logits_bt = jnp.take_along_axis(logits_btv, tokens_bt[:, :, None], axis=-1)[:, :, 0]
     return jax.nn.logsumexp(logits_btv, axis=-1) - token_logits_bt
+
+
+def _joined(values_bwt: jax.Array) -> jax.Array:
+    """(B, W, …) as (B·W, …)."""
+    return values_bwt.reshape(-1, *values_bwt.shape[2:])

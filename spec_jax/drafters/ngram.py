@@ -67,7 +67,7 @@ class NGram(Drafter):
         """What followed the latest longest match, in each row that has one."""
         del choose
         tokens_bj, found_b = lookup(sequence, gamma=self.gamma, min_ngram=self.min_ngram, max_ngram=self.max_ngram)
-        is_token_bjv = tokens_bj[:, :, None] == jnp.arange(target.vocab_size)
+        is_token_bjv = tokens_bj[:, :, None] == jnp.arange(target.vocab_size)[None, None, :]
         log_probs_bjv = jnp.where(is_token_bjv, 0.0, -jnp.inf)
         count_b = jnp.where(found_b, self.gamma, 0).astype(jnp.int32)
         return Proposal(Draft(tokens_bj, log_probs_bjv, count_b), target_cache, state)

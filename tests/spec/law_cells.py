@@ -11,7 +11,7 @@ import numpy as np
 
 from spec_jax import DecodeResult, Sampling, SmallModel, speculative_decoding
 from tests.spec.reference import Filters, Fit, fit, histogram, sequence_law
-from tests.spec.toys import random_toy
+from tests.spec.toys import next_logits, random_toy
 
 VOCAB, GAMMA, NEW_TOKENS, SEQUENCES = 3, 2, 4, 200_000
 # Both have tokens of probability 0, and not the same ones.
@@ -76,7 +76,8 @@ def tally(result: DecodeResult) -> Cell:
 def prompt_law(row: int, filters: Filters, eos_id: int | None) -> np.ndarray:
     """The law of the output behind one of the prompts."""
     prompt = tuple(PROMPTS[row, : PROMPT_LENGTHS[row]].tolist())
-    return sequence_law(np.asarray(TARGET.table), prompt, filters, new_tokens=NEW_TOKENS, eos_id=eos_id)
+    logits_after = functools.partial(next_logits, np.asarray(TARGET.table))
+    return sequence_law(logits_after, prompt, filters, new_tokens=NEW_TOKENS, eos_id=eos_id)
 
 
 def p_values(cell: Cell, filters: Filters, eos_id: int | None) -> tuple[float, float]:

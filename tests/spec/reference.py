@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import scipy.stats
-
-from tests.spec.toys import next_logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +45,18 @@ def softmax(scores: np.ndarray) -> np.ndarray:
 
 
 def sequence_law(
-    table: np.ndarray, prompt: tuple[int, ...], filters: Filters, *, new_tokens: int, eos_id: int | None
+    logits_after: Callable[[tuple[int, ...]], np.ndarray],
+    prompt: tuple[int, ...],
+    filters: Filters,
+    *,
+    new_tokens: int,
+    eos_id: int | None,
 ) -> np.ndarray:
-    """((V + 1)^N,) the probability of every padded output of N tokens, V standing for the padding after the end."""
-    vocab_size = table.shape[-1]
+    """((V + 1)^N,) the probability of every padded output of N tokens, V standing for the padding after the end.
+
+    `logits_after` gives the (V,) logits after a whole row.
+    """
+    vocab_size = len(logits_after(prompt))
     law = np.zeros((vocab_size + 1,) * new_tokens)
     frontier = [((), 1.0)]
     while frontier:
@@ -57,7 +64,7 @@ def sequence_law(
         if len(output) == new_tokens or (output and output[-1] == eos_id):
             law[output + (vocab_size,) * (new_tokens - len(output))] += prob
             continue
-        next_probs = filtered_probs(next_logits(table, prompt + output), filters)
+        next_probs = filtered_probs(logits_after(prompt + output), filters)
         frontier += [((*output, token), prob * p) for token, p in enumerate(next_probs) if p > 0]
     return law.ravel()
 

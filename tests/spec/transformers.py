@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,12 @@ CONFIG = DecoderConfig(vocab_size=24, dim=32, depth=2, heads=2, dim_head=16, ff_
 
 @functools.cache
 def transformer(seed: int, config: DecoderConfig = CONFIG, *, head_scale: float = 4.0) -> Decoder:
-    """Random weights, drawn by NumPy to spare compiles; the head is scaled up, lest all laws be almost uniform."""
+    """A decoder with random weights."""
+    return random_weights(seed, nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))), head_scale=head_scale)
+
+
+def random_weights(seed: int, shapes: Any, *, head_scale: float = 4.0) -> Any:
+    """Random weights, drawn by NumPy to spare compiles; heads are scaled up, lest all laws be almost uniform."""
     rng = np.random.default_rng(seed)
 
     def random_weight(path: tuple, shape: jax.ShapeDtypeStruct) -> jax.Array:
@@ -33,7 +39,7 @@ def transformer(seed: int, config: DecoderConfig = CONFIG, *, head_scale: float 
             normal *= shape.shape[0] ** -0.5 * (head_scale if ".to_logits" in name else 1)
         return jnp.asarray(normal, shape.dtype)
 
-    return jax.tree_util.tree_map_with_path(random_weight, nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+    return jax.tree_util.tree_map_with_path(random_weight, shapes)
 
 
 @functools.cache

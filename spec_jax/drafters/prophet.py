@@ -1,0 +1,87 @@
+"""Drafting with a prophet: a small decoder that starts from the target's hidden states."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from spec_jax.decoder import Decoder
+from spec_jax.drafters.base import Choose, Drafter, LanguageModel, Proposal, Sequence, stack_draft
+from spec_jax.prophet import ModelWithProphet
+
+
+@struct.dataclass
+class Prophet(Drafter):
+    """The prophet of a `ModelWithProphet` drafts for its target.
+
+    Each round starts afresh from the target's hidden states at each row's own last accepted positions, so there is
+    no cache to keep and nothing to catch up with. A row shorter than the window starts from the states it has.
+
+    Attributes:
+      prophet: a `ModelWithProphet`, of which only the prophet's part is kept, or that part.
+      gamma: tokens drafted a round.
+    """
+
+    prophet: Any
+    gamma: int = struct.field(pytree_node=False, default=5)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.prophet, ModelWithProphet):
+            object.__setattr__(self, "prophet", self.prophet.prophet)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens the prophet knows."""
+        return self.prophet.decoder.vocab_size
+
+    def check(self, target: LanguageModel) -> None:
+        """Raises ValueError unless the target's hidden states are as wide as the prophet expects."""
+        if not isinstance(target, Decoder):
+            raise ValueError(f"target must be a Decoder for Prophet, got {type(target).__name__}")
+        project, dim = self.prophet.project, target.config.dim
+        expected = self.prophet.decoder.config.dim if project is None else project.in_features
+        if dim != expected:
+            raise ValueError(f"target must have the width {expected} that the prophet starts from, got {dim}")
+
+    def start(self, target: LanguageModel, sequence: Sequence, prefill: Any, size: int) -> jax.Array:
+        """(B, N, D), the target's last hidden states before the last known token."""
+        del target, size
+        starts = self.prophet.num_leading_start_tokens
+        position_bn = sequence.length_b[:, None] - 1 - starts + jnp.arange(starts)[None, :]
+        return jnp.take_along_axis(prefill.hidden, jnp.maximum(position_bn, 0)[:, :, None], axis=1)
+
+    def propose(
+        self, target: LanguageModel, sequence: Sequence, target_cache: Any, state: jax.Array, choose: Choose
+    ) -> Proposal:
+        """gamma tokens a row: the start states and the last known token in one forward, then one for each token."""
+        tokens_jb, log_probs_jbv = [], []
+        batch, starts = state.shape[:2]
+        # With two start states, rows of length 4, 2 and 1 read h1 h2 x3, h0 x1 and x0: what a short row does not have
+        # is shifted out, and leftovers behind its last known token are overwritten.
+        present_b = jnp.minimum(starts, sequence.length_b - 1)
+        inputs_btd = self.prophet.embed(state, sequence.last_b1)
+        index_bt = jnp.minimum(jnp.arange(starts + 1)[None, :] + (starts - present_b)[:, None], starts)
+        inputs_btd = jnp.take_along_axis(inputs_btd, index_bt[:, :, None], axis=1)
+        cache = self.prophet.decoder.init_cache(batch, starts + max(self.gamma, 1))
+        for offset in range(self.gamma):
+            if offset == 0:
+                output = self.prophet.read(inputs_btd, cache)
+                logits_bv = jnp.take_along_axis(output.logits, present_b[:, None, None], axis=1)[:, 0]
+            else:
+                output = self.prophet.decoder(tokens_jb[-1][:, None], cache.with_length(present_b + offset))
+                logits_bv = output.logits[:, 0]
+            cache = output.cache
+            token_b, log_probs_bv = choose(logits_bv, offset)
+            tokens_jb.append(token_b)
+            log_probs_jbv.append(log_probs_bv)
+        draft = stack_draft(tokens_jb, log_probs_jbv, batch=batch, vocab_size=target.vocab_size)
+        return Proposal(draft, target_cache, state)
+
+    def update(self, state: jax.Array, scored: Any, emitted_b: jax.Array) -> jax.Array:
+        """The start states at each row's own last accepted positions."""
+        known_btd = jnp.concatenate((state, scored.hidden), axis=1)
+        index_bn = emitted_b[:, None] + jnp.arange(state.shape[1])[None, :]
+        return jnp.take_along_axis(known_btd, index_bn[:, :, None], axis=1)

@@ -1,0 +1,164 @@
+"""The exit: halves of a forward, gradients, recycling, and how much work a round does."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spec_jax import Decoder, DecoderConfig, EarlyExit
+from spec_jax.drafters.base import Proposal
+from spec_jax.losses import early_exit_logits, next_token_loss
+from spec_jax.verification import Draft
+from tests.spec.transformers import CONFIG, transformer
+
+EXIT = dataclasses.replace(CONFIG, depth=3, early_exit_layer=1)
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, CONFIG.vocab_size, (3, 12)))
+
+
+def test_halves_make_a_forward():
+    """Layer by layer position by position, then the rest at once: the logits and the cache of one forward."""
+    decoder = transformer(0, EXIT)
+    whole = decoder(TOKENS, decoder.init_cache(3, 16))
+    cache = decoder.init_cache(3, 16)
+    early = []
+    for position in range(12):
+        assert cache is not None
+        hidden, cache = decoder.early(TOKENS[:, position : position + 1], cache.with_length(jnp.full((3,), position)))
+        early.append(hidden)
+    assert cache is not None
+    halves = decoder.late(jnp.concatenate(early, axis=1), cache.with_length(jnp.zeros((3,))))
+    np.testing.assert_allclose(halves.logits, whole.logits, atol=1e-5)
+    np.testing.assert_allclose(halves.early_hidden, whole.early_hidden, atol=1e-5)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), halves.cache, whole.cache)
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_detaching_stops_the_exit_loss_at_the_trunk(detach: bool):
+    changed = {"early_exit_extra_blocks": 1, "detach_early_exit_hiddens": detach, "early_exit_recycling": True}
+    decoder = transformer(0, dataclasses.replace(EXIT, **changed))
+
+    def exit_loss(decoder: Decoder) -> jax.Array:
+        logits = early_exit_logits(decoder, TOKENS[:, :-1], key=jax.random.key(0))[1]
+        return next_token_loss(logits, TOKENS[:, 1:])
+
+    gradients = jax.grad(exit_loss)(decoder)
+    for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
+        name, largest = jax.tree_util.keystr(path), np.abs(gradient).max()
+        if ".early_exit" in name:
+            assert largest > 1e-6, name
+        elif detach or ".blocks[1]" in name or ".blocks[2]" in name or ".head" in name:
+            assert largest == 0, name  # Recycled hidden states are always detached.
+        else:
+            assert largest > 1e-6, name
+
+
+def test_recycling_sees_the_newest_state_a_round_can_have():
+    """Rounds of 4 positions: each sees the trunk's last hidden state just before the round, and nothing later."""
+    decoder = transformer(0, dataclasses.replace(EXIT, early_exit_recycling=True))
+    seen = jax.jacfwd(lambda scale: _recycled(decoder, scale))(jnp.ones(12))
+    # seen[t, s]: how the exit's logits at t move with the final hidden state at s.
+    source_t = [np.flatnonzero(np.abs(row) > 1e-6).tolist() for row in seen]
+    sources = [only[0] if only else -1 for only in source_t]
+    assert all(len(only) <= 1 for only in source_t)
+    assert all(source < position for position, source in enumerate(sources))
+    starts = [position for position in range(1, 12) if sources[position] != sources[position - 1]]
+    assert all(sources[start] == start - 1 for start in starts)
+    assert all(after - before == 4 for before, after in itertools.pairwise(starts))
+
+
+def _recycled(decoder: Decoder, scale: jax.Array) -> jax.Array:
+    """(T,) one number of the exit's logits for each position, the final hidden states scaled one by one."""
+
+    class Scaled:
+        config, early_exit = decoder.config, _Unnormed(decoder.early_exit)
+
+        def __call__(self, tokens_bt: jax.Array) -> Any:
+            output = decoder(tokens_bt)
+            return dataclasses.replace(output, hidden=output.hidden * scale[None, :, None])
+
+    logits = early_exit_logits(Scaled(), TOKENS[:1], recycling_distance=4, key=jax.random.key(1))[1]  # pyright: ignore
+    return logits[0, :, 0]
+
+
+class _Unnormed:
+    """The exit's input instead of its logits: a norm would hide a scale, and `stop_gradient` hides everything."""
+
+    def __init__(self, branch: Any) -> None:
+        self.branch = branch
+
+    def __call__(self, early_btd: jax.Array, cache: Any, recycled_btd: jax.Array) -> tuple[jax.Array, Any]:
+        return recycled_btd, cache
+
+
+def flops(function: Any, *arguments: Any) -> float:
+    analysis: Any = jax.jit(function).lower(*arguments).compile().cost_analysis()
+    return float((analysis[0] if isinstance(analysis, list) else analysis)["flops"])
+
+
+@pytest.mark.parametrize("gamma", [3, 5])
+def test_scoring_does_not_repeat_the_first_layers(gamma: int):
+    """Counted in the compiled programs: scoring is layers [e, depth) of gamma + 1 positions and layers [0, e) of one.
+
+    Drafting has then run layers [0, e) for the other gamma positions: each layer once for each position of a round.
+    """
+    config = DecoderConfig(vocab_size=24, dim=64, depth=6, heads=2, dim_head=32, early_exit_layer=4)
+    decoder, batch, positions = transformer(0, config), 2, gamma + 1
+    cache = decoder.init_cache(batch, 32).with_length(jnp.full((batch,), 7))
+    window_bt = jnp.zeros((batch, positions), jnp.int32)
+    early_bd = jnp.zeros((batch, config.dim))
+    draft = Draft(window_bt[:, 1:], jnp.zeros((batch, gamma, 24)), jnp.full((batch,), gamma))
+
+    def score(decoder: Decoder, cache: Any, early_jbd: list[jax.Array]) -> Any:
+        proposal = Proposal(draft, cache, (None, early_jbd))
+        return EarlyExit(gamma=gamma).score(decoder, proposal, window_bt)
+
+    def late(decoder: Decoder, cache: Any, early_btd: jax.Array) -> Any:
+        return decoder.late(early_btd, cache)
+
+    def early(decoder: Decoder, cache: Any, tokens_bt: jax.Array) -> Any:
+        return decoder.early(tokens_bt, cache)
+
+    scoring = flops(score, decoder, cache, [early_bd] * gamma)
+    whole = flops(lambda decoder, cache: decoder(window_bt, cache), decoder, cache)
+    second_half = flops(late, decoder, cache, jnp.zeros((batch, positions, config.dim)))
+    first_half_of_one = flops(early, decoder, cache, window_bt[:, :1])
+    first_half_of_all = flops(early, decoder, cache, window_bt)
+    assert scoring == pytest.approx(second_half + first_half_of_one, rel=0.02)
+    assert whole == pytest.approx(second_half + first_half_of_all, rel=0.02)
+    assert first_half_of_all > (positions - 0.5) * first_half_of_one
+    assert scoring < 0.6 * whole
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"early_exit_layer": 0}, r"early_exit_layer must be in \[1, depth = 3\), got 0"),
+        ({"early_exit_layer": 3}, r"early_exit_layer must be in \[1, depth = 3\), got 3"),
+        ({"early_exit_extra_blocks": -1}, "early_exit_extra_blocks must be at least 0, got -1"),
+        (
+            {"early_exit_layer": None, "early_exit_extra_blocks": 1},
+            "early_exit_extra_blocks must not be set without early_exit_layer, got 1",
+        ),
+        (
+            {"early_exit_layer": None, "early_exit_recycling": True},
+            "early_exit_recycling must not be set without early_exit_layer, got True",
+        ),
+    ],
+)
+def test_bad_configuration(changed: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(EXIT, **changed)
+
+
+def test_bad_loss_input():
+    with pytest.raises(ValueError, match="decoder must have early_exit_layer for an early-exit loss, got None"):
+        early_exit_logits(transformer(0), TOKENS)
+    recycling = transformer(0, dataclasses.replace(EXIT, early_exit_recycling=True))
+    with pytest.raises(ValueError, match="key must be given for an exit with early_exit_recycling, got None"):
+        early_exit_logits(recycling, TOKENS)

@@ -1,0 +1,122 @@
+"""The law of the whole output is the target's under every strategy, by exact enumeration, as in test_law.
+
+The targets are tiny transformers of three tokens, whose law is enumerated from one uncached forward over all rows.
+Level: 90 cells at 0.001, each as a whole and for its worst row; with right code some cell fails in about one of six
+choices of keys, and the keys are fixed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spec_jax import DecoderConfig, DecodeResult, Sampling, Verification, loop
+from tests.spec import strategies
+from tests.spec.law_cells import FILTERS, NEW_TOKENS, PROMPT_LENGTHS, PROMPT_WIDTH, PROMPTS, SEQUENCES, VOCAB, tally
+from tests.spec.reference import Filters, Fit, fit, sequence_law
+from tests.spec.strategies import NAMES, strategy
+
+GAMMA, CHUNKS = 2, 10
+CONFIG = DecoderConfig(vocab_size=VOCAB, dim=8, depth=2, heads=1, dim_head=4, ff_mult=1)
+
+
+@functools.cache
+def program(name: str, rule: str, batch: int, top_k: int | None):
+    """(keys, filters, end token) → 200,000 sequences: `batch` ragged prompts under each key."""
+    subject = strategy(name, CONFIG, GAMMA)
+
+    def one_key(key: jax.Array, sampling: Sampling, eos_id: jax.Array) -> DecodeResult:
+        request = loop.Request(
+            key=key,
+            row_ids_b=jnp.arange(batch, dtype=jnp.uint32),
+            sampling=dataclasses.replace(sampling, top_k=top_k),
+            lenience=jnp.float32(1),
+            eos_id=eos_id,
+            pad_id=jnp.int32(VOCAB),
+            max_new_tokens=jnp.int32(NEW_TOKENS),
+            verification=Verification(rule),
+        )
+        return loop.decode(
+            subject.target,
+            subject.drafter,
+            jnp.asarray(PROMPTS[:batch], jnp.int32),
+            jnp.asarray(PROMPT_LENGTHS[:batch], jnp.int32),
+            request,
+            size=PROMPT_WIDTH + NEW_TOKENS + GAMMA + 1,
+            width=NEW_TOKENS,
+        )
+
+    def run(keys: jax.Array, sampling: Sampling, eos_id: jax.Array) -> DecodeResult:
+        chunks = keys.reshape(CHUNKS, -1)
+        result = jax.lax.map(lambda keys: jax.vmap(one_key, (0, None, None))(keys, sampling, eos_id), chunks)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), result)
+
+    return jax.jit(run)
+
+
+@functools.cache
+def prompt_law(name: str, row: int, filters: Filters, eos_id: int | None) -> np.ndarray:
+    prompt = tuple(PROMPTS[row, : PROMPT_LENGTHS[row]].tolist())
+    return sequence_law(logits_of(name).__getitem__, prompt, filters, new_tokens=NEW_TOKENS, eos_id=eos_id)
+
+
+@functools.cache
+def logits_of(name: str) -> dict[tuple[int, ...], np.ndarray]:
+    """The logits after each prompt and each output shorter than the whole."""
+    prompts = [tuple(row[:length].tolist()) for row, length in zip(PROMPTS, PROMPT_LENGTHS)]
+    outputs = [output for n in range(NEW_TOKENS) for output in itertools.product(range(VOCAB), repeat=n)]
+    rows = [prompt + output for prompt in prompts for output in outputs]
+    return strategies.all_logits(strategy(name, CONFIG, GAMMA).target, rows)
+
+
+# Each rule meets each filter, with and without an end token; each rule has batches of its own.
+CELLS = [
+    (rule, batch, filter_name, eos_id)
+    for rule, batch in (("rejection", 4), ("block", 16), ("coupled", 1))
+    for filter_name, eos_id in (
+        ("greedy", None), ("temperature", 1), ("temperature", None), ("top_k", 1), ("top_p", None), ("min_p", 1),
+    )
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rule", "batch", "filter_name", "eos_id"), CELLS)
+@pytest.mark.parametrize("name", NAMES)
+def test_whole_sequence_has_the_targets_law(
+    name: str, rule: str, batch: int, filter_name: str, eos_id: int | None, record_property
+):
+    filters = FILTERS[filter_name]
+    seed = zlib.crc32(f"{name} {rule} {batch} {filters} {eos_id}".encode())
+    keys = jax.random.split(jax.random.key(seed), SEQUENCES // batch)
+    sampling = Sampling(temperature=filters.temperature, top_p=filters.top_p, min_p=filters.min_p).checked()
+    end = jnp.int32(-1 if eos_id is None else eos_id)
+    cell = tally(program(name, rule, batch, filters.top_k)(keys, sampling, end))
+    assert cell.counts_bo.sum() == SEQUENCES
+    rows = [fit(counts_o, prompt_law(name, row, filters, eos_id)) for row, counts_o in enumerate(cell.counts_bo)]
+    whole, worst_row = sum(rows, Fit(0.0, 0)).p_value, min(row.p_value for row in rows) * len(rows)
+    record_property("p_values", f"{whole} {worst_row}")
+    record_property("accepted", f"{cell.accepted_per_round} {cell.standard_error}")
+    assert whole > 0.001
+    assert worst_row > 0.001
+    if filter_name == "temperature":
+        assert 0.02 < cell.accepted_per_round < 1.98, "a draft that is always or never right tests little"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_negative_control(name: str):
+    """The same sequences do not pass for those of another temperature."""
+    keys = jax.random.split(jax.random.key(0), SEQUENCES // 4)
+    sampling = Sampling(temperature=0.75).checked()
+    cell = tally(program(name, "rejection", 4, None)(keys, sampling, jnp.int32(1)))
+    rows = [
+        fit(counts_o, prompt_law(name, row, FILTERS["temperature"], 1)) for row, counts_o in enumerate(cell.counts_bo)
+    ]
+    assert sum(rows, Fit(0.0, 0)).p_value < 1e-6

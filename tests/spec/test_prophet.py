@@ -1,0 +1,140 @@
+"""The prophet: training windows and decoding windows are the same, and losses and gradients are what they say."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from spec_jax import ModelWithProphet, Prophet
+from spec_jax.drafters.base import Sequence
+from spec_jax.losses import next_token_loss, prophet_distillation_loss, prophet_losses
+from tests.spec.strategies import random_pair
+from tests.spec.transformers import CONFIG, transformer
+
+TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (3, 14)).astype(np.int32)
+
+
+def drafted_logits(pair: ModelWithProphet, gamma: int, length_b: np.ndarray) -> np.ndarray:
+    """(B, J, V) logits that one decoding round sees behind the first tokens of each row, drafting the true ones."""
+    prefill = pair.target(jnp.asarray(TOKENS[:, :12]))
+    sequence = Sequence(jnp.asarray(TOKENS), jnp.asarray(length_b, jnp.int32))
+    drafter, seen = Prophet(pair, gamma=gamma), []
+
+    def choose(logits_bv: jax.Array, offset: int) -> tuple[jax.Array, jax.Array]:
+        seen.append(logits_bv)
+        return sequence.window(sequence.length_b + offset, 1)[:, 0], jax.nn.log_softmax(logits_bv)
+
+    drafter.propose(pair.target, sequence, None, drafter.start(pair.target, sequence, prefill, 32), choose)
+    return np.stack(seen, axis=1)
+
+
+@pytest.mark.parametrize("starts", [1, 2, 3])
+def test_training_window_equals_decoding_round(starts: int):
+    """The window at i holds states i … i + n − 1 and then tokens; a round with length i + n + 1 draws from it."""
+    pair = random_pair(CONFIG, num_leading_start_tokens=starts, prophet_train_length=starts + 4)
+    windows = pair(jnp.asarray(TOKENS)).prophet_logits
+    length_b = np.array([starts + 1, 8, 10])
+    drafted = drafted_logits(pair, 3, length_b)
+    for row, length in enumerate(length_b):
+        expected = windows[row, length - 1 - starts, starts:]
+        np.testing.assert_allclose(drafted[row], expected, atol=1e-5)
+    assert np.abs(drafted[1] - windows[1, 8 - starts, starts:]).max() > 0.1, "the next window is another one"
+
+
+def test_a_short_row_starts_from_the_states_it_has():
+    """With three start states and one, two or three known tokens: none, one or two states, then the last token."""
+    pair = random_pair(CONFIG, num_leading_start_tokens=3, prophet_train_length=8)
+    drafted = drafted_logits(pair, 2, np.array([1, 2, 3]))
+    hidden = pair.target(jnp.asarray(TOKENS[:, :12])).hidden
+    for row, states in enumerate((0, 1, 2)):
+        inputs = pair.prophet.embed(hidden[row : row + 1, :states], jnp.asarray(TOKENS[row : row + 1, states:][:, :2]))
+        expected = pair.prophet.read(inputs).logits[0, states:]
+        np.testing.assert_allclose(drafted[row], expected, atol=1e-5)
+
+
+def test_start_states_follow_each_rows_own_position():
+    """After a round the states are those of one forward over all that is then known."""
+    pair = random_pair(CONFIG)
+    drafter, length_b, emitted_b = Prophet(pair, gamma=3), jnp.array([2, 5, 7]), jnp.array([1, 4, 2])
+    whole = pair.target(jnp.asarray(TOKENS))
+    sequence = Sequence(jnp.asarray(TOKENS), length_b)
+    state = drafter.start(pair.target, sequence, whole, 32)
+    cache = pair.target(jnp.asarray(TOKENS), pair.target.init_cache(3, 20)).cache
+    assert cache is not None
+    scored = pair.target(sequence.window(length_b - 1, 4), cache.with_length(length_b - 1))
+    after = drafter.update(state, scored, emitted_b)
+    expected = drafter.start(pair.target, Sequence(jnp.asarray(TOKENS), length_b + emitted_b), whole, 32)
+    np.testing.assert_allclose(after[1:], expected[1:], atol=1e-5)
+    np.testing.assert_allclose(after[0, 1:], expected[0, 1:], atol=1e-5)
+
+
+def test_the_drafter_holds_no_second_target():
+    pair = random_pair(CONFIG)
+    weights = sum(leaf.size for leaf in jax.tree.leaves(Prophet(pair)))
+    assert weights == sum(leaf.size for leaf in jax.tree.leaves(pair.prophet))
+    assert weights < 0.5 * sum(leaf.size for leaf in jax.tree.leaves(pair))
+
+
+def test_losses_are_means_over_all_windows():
+    pair, tokens = random_pair(CONFIG), jnp.asarray(TOKENS)
+    output = pair(tokens)
+    main, prophet = prophet_losses(pair, output, tokens)
+    np.testing.assert_allclose(main, next_token_loss(pair.target(tokens[:, :-1]).logits, tokens[:, 1:]), rtol=1e-6)
+    surprises = []
+    for row in range(3):
+        for start in range(14 - 6 + 1):
+            window = tokens[row : row + 1, start : start + 6]
+            hidden = pair.target(tokens[row : row + 1, :-1]).hidden[:, start : start + 2]
+            logits = pair.prophet.read(pair.prophet.embed(hidden, window[:, 2:-1])).logits
+            surprises.append(float(next_token_loss(logits, window[:, 1:])))
+    np.testing.assert_allclose(prophet, np.mean(surprises), rtol=1e-5)
+
+
+def test_distillation_compares_the_same_positions():
+    """0 when the prophet says what the target says, at every place of every window."""
+    pair, tokens = random_pair(CONFIG), jnp.asarray(TOKENS)
+    output = pair(tokens)
+    assert prophet_distillation_loss(pair, output) > 0.1
+    perfect = dataclasses.replace(output, prophet_logits=pair.windows(output.logits) + 3.0)
+    assert abs(prophet_distillation_loss(pair, perfect)) < 1e-6
+    shifted = dataclasses.replace(output, prophet_logits=jnp.roll(pair.windows(output.logits), 1, axis=2))
+    assert prophet_distillation_loss(pair, shifted) > 0.1
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_detaching_stops_the_prophets_loss_at_the_target(detach: bool):
+    pair, tokens = random_pair(CONFIG, detach_target_hiddens=detach), jnp.asarray(TOKENS)
+    gradients = jax.grad(lambda pair: prophet_losses(pair, pair(tokens), tokens)[1])(pair)
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(gradients.target))
+    assert (largest == 0) == detach
+    for path, gradient in jax.tree_util.tree_leaves_with_path(gradients.prophet):
+        assert np.abs(gradient).max() > 1e-6, jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_leading_start_tokens": 0}, "num_leading_start_tokens must be at least 1, got 0"),
+        (
+            {"prophet_train_length": 2},
+            "prophet_train_length must be above num_leading_start_tokens = 2, got 2",
+        ),
+    ],
+)
+def test_bad_configuration(options: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        random_pair(CONFIG, **options)
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="tokens must be at least prophet_train_length = 6 a row, got 5"):
+        random_pair(CONFIG)(jnp.zeros((1, 5), jnp.int32))
+    other = transformer(0, dataclasses.replace(CONFIG, vocab_size=25))
+    with pytest.raises(ValueError, match="prophet must have the target's 24 tokens, got 25"):
+        ModelWithProphet(transformer(0), other, rngs=nnx.Rngs(0))

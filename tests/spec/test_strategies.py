@@ -1,0 +1,168 @@
+"""Every strategy: equality with plain decoding, rows, statistics, streams, edges, traces, bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from spec_jax import (
+    Drafter,
+    EarlyExit,
+    LayerSkip,
+    NGram,
+    Prophet,
+    Sampling,
+    base_decoding,
+    loop,
+    speculative_decoding,
+    stream,
+)
+from spec_jax import decoding as decoding_module
+from tests.spec.strategies import NAMES, random_pair, strategy
+from tests.spec.test_equality import SAMPLINGS
+from tests.spec.toys import random_toy
+from tests.spec.transformers import CONFIG, Comparison, compare, ragged_prompts, transformer
+
+BATCH, NEW_TOKENS, EOS = 64, 32, 5
+PROMPTS, LENGTHS = ragged_prompts(0, BATCH, 12)
+
+
+def decode(name: str, gamma: int, **changed: Any):
+    subject = strategy(name, CONFIG, gamma)
+    arguments = {"max_new_tokens": NEW_TOKENS, "key": jax.random.key(0), "prompt_length": LENGTHS, "pad_id": 23}
+    arguments |= changed
+    prompt = arguments.pop("prompt", PROMPTS)
+    return speculative_decoding(subject.target, subject.drafter, prompt, **arguments)
+
+
+def compared(name: str, rule: str, gamma: int, sampling: Sampling, eos_id: int | None) -> Comparison:
+    target = strategy(name, CONFIG, gamma).target
+    arguments: dict[str, Any] = {"sampling": sampling, "eos_id": eos_id, "key": jax.random.key(gamma)}
+    plain = base_decoding(target, PROMPTS, max_new_tokens=NEW_TOKENS, prompt_length=LENGTHS, pad_id=23, **arguments)
+    result = decode(name, gamma, verification=rule, **arguments)
+    return compare(target, PROMPTS, LENGTHS, sampling, arguments["key"], result, plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gamma", [1, 5])
+@pytest.mark.parametrize("name", NAMES)
+def test_coupled_equals_plain(name: str, gamma: int, record_property):
+    """Nine decodings of 64 ragged rows for each gamma: 1,152 rows a strategy."""
+    cells = [(sampling, eos_id) for sampling in SAMPLINGS.values() for eos_id in (None, EOS, 7)]
+    total = sum((compared(name, "coupled", gamma, *cell) for cell in cells), Comparison())
+    record_property("comparison", str(total))
+    assert total.rows == len(cells) * BATCH
+    assert total.diverged == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["rejection", "block"])
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_equals_plain(name: str, rule: str, record_property):
+    cells = [(SAMPLINGS["greedy"], eos_id) for eos_id in (None, EOS)]
+    total = sum((compared(name, rule, 5, *cell) for cell in cells), Comparison())
+    record_property("comparison", str(total))
+    assert total.diverged == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_row_does_not_depend_on_the_others(name: str):
+    """Reordered, and alone: the same tokens under the rule whose noise is the round's."""
+    whole = decode(name, 3)
+    order = np.random.default_rng(0).permutation(BATCH)
+    reordered = decode(name, 3, prompt=PROMPTS[order], prompt_length=LENGTHS[order], row_ids=order)
+    np.testing.assert_array_equal(reordered.tokens, np.asarray(whole.tokens)[order])
+    for row in (0, 7, BATCH - 1):
+        one = slice(row, row + 1)
+        alone = decode(name, 3, prompt=PROMPTS[one], prompt_length=LENGTHS[one], row_ids=[row])
+        np.testing.assert_array_equal(alone.tokens[0], whole.tokens[row])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stream_is_the_same_decoding(name: str):
+    """And its rounds add up to the statistics."""
+    subject, arguments = strategy(name, CONFIG, 3), {"max_new_tokens": NEW_TOKENS, "key": jax.random.key(1)}
+    arguments |= {"prompt_length": LENGTHS, "eos_id": EOS}
+    result = speculative_decoding(subject.target, subject.drafter, PROMPTS, **arguments)
+    rows, accepted_b, rounds_b = [[] for _ in range(BATCH)], np.zeros(BATCH, int), np.zeros(BATCH, int)
+    for round_ in stream(subject.target, subject.drafter, PROMPTS, **arguments):
+        for row in range(BATCH):
+            rows[row] += round_.row(row)[0]
+        accepted_b += round_.accepted_b
+        rounds_b += round_.count_b > 0
+    for row, length in enumerate(np.asarray(result.lengths)):
+        assert rows[row] == result.tokens[row, :length].tolist()
+    np.testing.assert_array_equal(result.accepted, accepted_b)
+    np.testing.assert_array_equal(result.rounds, rounds_b)
+    assert (np.asarray(result.accepted) <= np.asarray(result.drafted)).all()
+    np.testing.assert_array_equal(np.asarray(result.lengths) > 0, True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_edges(name: str):
+    """Nothing drafted, nothing wanted, one token wanted, one row of one token, an end token that comes at once."""
+    plain = base_decoding(
+        strategy(name, CONFIG, 0).target, PROMPTS, max_new_tokens=8, prompt_length=LENGTHS, key=jax.random.key(0)
+    )
+    undrafted = decode(name, 0, max_new_tokens=8, verification="coupled")
+    np.testing.assert_array_equal(undrafted.tokens, plain.tokens)
+    assert undrafted.rounds.tolist() == [8] * BATCH
+    assert decode(name, 3, max_new_tokens=0).tokens.shape == (BATCH, 0)
+    assert decode(name, 3, max_new_tokens=1).lengths.tolist() == [1] * BATCH
+    one = decode(name, 3, prompt=[[4]], prompt_length=[1])
+    assert one.lengths.tolist() == [NEW_TOKENS]
+    first = int(one.tokens[0, 0])
+    ended = decode(name, 3, prompt=[[4]], prompt_length=[1], eos_id=first)
+    assert ended.lengths.tolist() == [1]
+    assert ended.tokens[0].tolist() == [first] + [23] * (NEW_TOKENS - 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_traced_once(name: str, monkeypatch: pytest.MonkeyPatch):
+    chex.clear_trace_counter()
+    counted = jax.jit(chex.assert_max_traces(loop.decode, n=1), static_argnames=("size", "width"))
+    monkeypatch.setattr(decoding_module, "compiled_decode", counted)
+    for changed in ({}, {"sampling": Sampling(temperature=0.5, top_p=0.9)}, {"eos_id": 3}, {"max_new_tokens": 50}):
+        decode(name, 2, **changed)
+    subject = strategy(name, CONFIG, 2)
+    decode(name, 2, key=jax.random.key(9), prompt=PROMPTS[:, :7], prompt_length=np.minimum(LENGTHS, 7))
+    target, drafter = jax.tree.map(lambda weight: weight * 0.9, (subject.target, subject.drafter))
+    speculative_decoding(target, drafter, PROMPTS, max_new_tokens=NEW_TOKENS, key=jax.random.key(0), pad_id=23)
+    chex.clear_trace_counter()
+
+
+PAIR = random_pair(CONFIG)
+WIDE = transformer(0, dataclasses.replace(CONFIG, dim=48))
+PLAIN = transformer(0)
+BAD: list[tuple[Any, Drafter, str]] = [
+    (PLAIN, EarlyExit(), "target must be a Decoder with early_exit_layer for EarlyExit, got a Decoder without one"),
+    (random_toy(0, 4), EarlyExit(), "target must be a Decoder with early_exit_layer for EarlyExit, got Toy"),
+    (random_toy(0, 4), LayerSkip((), ()), "target must be a Decoder for LayerSkip, got Toy"),
+    (PLAIN, LayerSkip((2,), ()), "skip_attention must hold layers in [0, 2), got (2,)"),
+    (PLAIN, LayerSkip((), (-1,)), "skip_feed_forward must hold layers in [0, 2), got (-1,)"),
+    (random_toy(0, 4), Prophet(PAIR), "target must be a Decoder for Prophet, got Toy"),
+    (WIDE, Prophet(PAIR), "target must have the width 32 that the prophet starts from, got 48"),
+    (
+        transformer(0, dataclasses.replace(CONFIG, vocab_size=25)),
+        Prophet(PAIR),
+        "drafter must have the target's vocabulary of 25 tokens, got 24",
+    ),
+    (PLAIN, NGram(min_ngram=0), "min_ngram must be in [1, max_ngram], got min_ngram 0 and max_ngram 3"),
+    (PLAIN, NGram(max_ngram=1), "min_ngram must be in [1, max_ngram], got min_ngram 2 and max_ngram 1"),
+    *((PLAIN, drafter, "gamma must be an integer >= 0, got -1") for drafter in (
+        EarlyExit(gamma=-1), LayerSkip((), (), gamma=-1), Prophet(PAIR, gamma=-1), NGram(gamma=-1),
+    )),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("target", "drafter", "message"), BAD, ids=[message for *_, message in BAD])
+def test_bad_input(target: Any, drafter: Drafter, message: str):
+    for decode in (speculative_decoding, stream):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            decode(target, drafter, [[1, 2]], max_new_tokens=4, key=jax.random.key(0))
