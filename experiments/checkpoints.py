@@ -186,6 +186,14 @@ def open_run(run: pathlib.Path) -> Checkpoints:
     return checkpoints
 
 
+def newest_step(output: pathlib.Path) -> int | None:
+    """The step of a run's newest checkpoint, or None where there is none yet."""
+    if not (output / FOLDER).is_dir():
+        return None
+    with Checkpoints(output, read_only=True) as checkpoints:
+        return checkpoints.latest
+
+
 def named_leaves(tree: Any) -> dict[str, Any]:
     """The leaves of a pytree by their path: what is written does not depend on the classes that hold them."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)

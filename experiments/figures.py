@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -65,6 +66,56 @@ def save_speedup(path: pathlib.Path, measured: Mapping[str, Points], predicted: 
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend(axes, loc="lower right")
+    figure.savefig(path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """One of several pictures on a sheet.
+
+    Attributes:
+      title: above it.
+      x: what the horizontal axis shows.
+      y: what the vertical axis shows.
+      lines: points by name, drawn whole.
+      dashed: points of the same names, drawn dashed.
+      level: a horizontal line to compare with, or None.
+      bottom: where the vertical axis starts, or None.
+    """
+
+    title: str
+    x: str
+    y: str
+    lines: Mapping[str, Points]
+    dashed: Mapping[str, Points]
+    level: float | None = None
+    bottom: float | None = None
+
+
+def save_panels(path: pathlib.Path, grid: Sequence[Sequence[Panel]]) -> None:
+    """A sheet of panels; a name has the same colour in all of them, and the legend stands below."""
+    rows, columns = len(grid), max(map(len, grid))
+    figure = Figure(figsize=(3.3 * columns, 2.7 * rows), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    colours: dict[str, str] = {}
+    handles: dict[str, Any] = {}
+    for row, line in enumerate(grid):
+        for column, panel in enumerate(line):
+            axes = figure.add_subplot(rows, columns, row * columns + column + 1)
+            axes.set(xlabel=panel.x, ylabel=panel.y)
+            axes.set_title(panel.title, fontsize=9)
+            axes.grid(color="0.9")
+            axes.spines[["top", "right"]].set_visible(False)
+            if panel.level is not None:
+                axes.axhline(panel.level, color="0.6", linewidth=1)
+            for name, points in panel.lines.items():
+                colour = colours.setdefault(name, f"C{len(colours)}")
+                (handles[name],) = axes.plot(*_columns(points), color=colour, marker="o", markersize=3, linewidth=1.5)
+            for name, points in panel.dashed.items():
+                axes.plot(*_columns(points), color=colours.get(name, "0.5"), linestyle="--", linewidth=1)
+            axes.set_ylim(bottom=panel.bottom)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)
     figure.savefig(path)
 
 

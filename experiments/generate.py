@@ -6,6 +6,7 @@ python -m experiments.generate --checkpoint runs/demo --prompt "def main("
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
 import time
 from collections.abc import Callable, Sequence
@@ -16,20 +17,60 @@ import tyro
 from rich.console import Console
 
 import spec_jax
-from experiments import train_draft
+from experiments import train_draft, train_early_exit, train_prophet
 from experiments.checkpoints import open_run
+from experiments.decoding_run import Strategy
+from experiments.output import LAYER_SKIP_FILE
 from experiments.runtime import exit_with, use_compilation_cache
 from experiments.samples import LEGEND, print_stream
 from experiments.train_state import Models
 
-DrafterName = Literal["draft", "none"]
-# Each strategy takes from the checkpoint's models what it needs; the ones of other runs join here.
-DRAFTERS: dict[str, Callable[[Models, int], spec_jax.Drafter | None]] = {
-    "draft": lambda models, gamma: spec_jax.SmallModel(models["draft"], gamma=gamma),
-    "none": lambda models, gamma: None,
+DrafterName = Literal["trained", "ngram", "layer-skip", "none"]
+# By kind of run: the models that a configuration read from a checkpoint describes, weights not filled in; and how to
+# decode with them.
+KINDS: dict[str, tuple[Callable[[dict[str, Any]], Models], Strategy]] = {
+    kind.KIND: (kind.models_of, kind.STRATEGY) for kind in (train_draft, train_early_exit, train_prophet)
 }
-# By kind of run: the models that a configuration read from a checkpoint describes, weights not filled in.
-KINDS: dict[str, Callable[[dict[str, Any]], Models]] = {train_draft.KIND: train_draft.models_of}
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedRun:
+    """A training run's models.
+
+    Attributes:
+      folder: its output folder.
+      models: by name.
+      strategy: how the run decodes.
+    """
+
+    folder: pathlib.Path
+    models: Models
+    strategy: Strategy
+
+    @property
+    def target(self) -> Any:
+        """The model whose text is wanted."""
+        return self.strategy.target(self.models)
+
+    def drafter(self, name: str, gamma: int) -> spec_jax.Drafter | None:
+        """What drafts, by name; None decodes plainly.
+
+        Raises:
+          ValueError: layers were not searched yet, for 'layer-skip'.
+        """
+        if name == "ngram":
+            return spec_jax.NGram(gamma=gamma)
+        if name == "layer-skip":
+            path = self.folder / LAYER_SKIP_FILE
+            if not path.exists():
+                raise ValueError(
+                    f"drafter 'layer-skip' needs {path}: run python -m experiments.search_layer_skip "
+                    f"--checkpoint {self.folder}"
+                )
+            best = json.loads(path.read_text())["best"]
+            skipped = tuple(best["skip_attention"]), tuple(best["skip_feed_forward"])
+            return spec_jax.LayerSkip(*skipped, gamma=gamma)
+        return self.strategy.drafter(self.models, gamma) if name == "trained" else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +86,8 @@ class GenerateConfig:
       top_k: keep so many of the most probable bytes.
       top_p: keep the most probable bytes of this mass.
       min_p: keep bytes at least so many times as probable as the most probable one.
-      drafter: what drafts: 'draft', the small model of the run, or 'none'.
+      drafter: what drafts: 'trained', whatever the run trained for it; 'ngram', the row's own past; 'layer-skip', the
+        target without the layers that `experiments.search_layer_skip` found; or 'none'.
       gamma: tokens drafted a round.
       verification: the rule.
       plain: the same as `drafter` 'none'.
@@ -60,7 +102,7 @@ class GenerateConfig:
     top_k: int | None = None
     top_p: float = 1.0
     min_p: float = 0.0
-    drafter: DrafterName = "draft"
+    drafter: DrafterName = "trained"
     gamma: int = 5
     verification: Literal["rejection", "block", "coupled"] = "rejection"
     plain: bool = False
@@ -83,7 +125,7 @@ class GenerateConfig:
         return spec_jax.Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
 
 
-def load_models(run: pathlib.Path, step: int | None = None) -> Models:
+def load_run(run: pathlib.Path, step: int | None = None) -> LoadedRun:
     """The models of a training run.
 
     Args:
@@ -98,21 +140,22 @@ def load_models(run: pathlib.Path, step: int | None = None) -> Models:
         configuration = checkpoints.configuration(step)
         if (kind := configuration.get("kind")) not in KINDS:
             raise ValueError(f"checkpoint must be of one of the runs {', '.join(KINDS)}, got {kind!r}")
-        shapes = jax.eval_shape(lambda: KINDS[kind](configuration))
+        models_of, strategy = KINDS[kind]
+        shapes = jax.eval_shape(lambda: models_of(configuration))
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
-        return checkpoints.restore(step, {"models": template})["models"]
+        return LoadedRun(run, checkpoints.restore(step, {"models": template})["models"], strategy)
 
 
 def generate(config: GenerateConfig, console: Console) -> int:
     """Prints the prompt and its continuation, round by round; returns the exit code."""
     use_compilation_cache()
-    models = load_models(config.checkpoint, config.step)
-    drafter = DRAFTERS["none" if config.plain else config.drafter](models, config.gamma)
+    run = load_run(config.checkpoint, config.step)
+    drafter = run.drafter("none" if config.plain else config.drafter, config.gamma)
     start = time.perf_counter()
     tokens, rounds = print_stream(
         console,
-        models["target"],
+        run.target,
         drafter,
         list(config.prompt.encode()),
         max_new_tokens=config.max_new_tokens,

@@ -105,6 +105,7 @@ def measure_decoding(
     sampling: spec_jax.Sampling,
     verification: str = "rejection",
     seed: int = 0,
+    costs: Mapping[str, tuple[float, float]] | None = None,
 ) -> list[Measurement]:
     """Measures plain decoding and every drafter on the same prompts.
 
@@ -116,6 +117,7 @@ def measure_decoding(
       sampling: of target and drafters.
       verification: the rule.
       seed: of the noise.
+      costs: what `measure_costs` gave for these drafters; measured here when None.
 
     Returns:
       One measurement for plain decoding, then one for each drafter.
@@ -131,7 +133,8 @@ def measure_decoding(
         )
     seconds, results = alternate(calls, repeats=len(prompts))
     everyone: dict[str, spec_jax.Drafter] = {PLAIN: Plain(), **drafters}
-    costs = measure_costs(target, drafters, prompts[0], max_new_tokens=max_new_tokens, sampling=sampling)
+    if costs is None:
+        costs = measure_costs(target, drafters, prompts[0], max_new_tokens=max_new_tokens, sampling=sampling)
     return [
         _measurement(name, drafter, seconds[name], seconds[PLAIN], results[name], costs[name])
         for name, drafter in everyone.items()

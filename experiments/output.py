@@ -10,9 +10,11 @@ from experiments import checkpoints, metrics
 
 REPORT = "report.json"
 LOSS_FIGURE, ACCEPTANCE_FIGURE, SPEEDUP_FIGURE = "loss.png", "acceptance.png", "speedup.png"
+LAYER_SKIP_FILE = "layer_skip.json"
 # Everything a run writes, so that `overwrite` removes this and nothing else.
 CONTENTS = (
     checkpoints.FOLDER, metrics.TENSORBOARD, metrics.FILE, REPORT, LOSS_FIGURE, ACCEPTANCE_FIGURE, SPEEDUP_FIGURE,
+    LAYER_SKIP_FILE,
 )  # fmt: skip
 
 

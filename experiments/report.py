@@ -57,12 +57,15 @@ def print_table(console: Console, measurements: Sequence[Measurement], *, title:
     console.print(table)
 
 
-def write_report(output: pathlib.Path, measurements: Sequence[Measurement], *, configuration: dict[str, Any]) -> None:
+def write_report(
+    output: pathlib.Path, measurements: Sequence[Measurement], *, label: str, configuration: dict[str, Any]
+) -> None:
     """All numbers as JSON, and the figures, into the run's folder.
 
     Args:
       output: the folder.
       measurements: of decoding.
+      label: the strategy's name in the figures.
       configuration: the run's.
     """
     content = {
@@ -76,8 +79,8 @@ def write_report(output: pathlib.Path, measurements: Sequence[Measurement], *, c
     figures.save_acceptance(output / ACCEPTANCE_FIGURE, {m.name: m.acceptance_by_position for m in drafted})
     figures.save_speedup(
         output / SPEEDUP_FIGURE,
-        {"small draft": [(m.gamma, m.speedup) for m in drafted]},
-        {"small draft": [(m.gamma, m.predicted_speedup) for m in drafted]},
+        {label: [(m.gamma, m.speedup) for m in drafted]},
+        {label: [(m.gamma, m.predicted_speedup) for m in drafted]},
     )
 
 

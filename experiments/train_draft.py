@@ -9,75 +9,49 @@ Every field can be set: `--steps 100`, `--target.depth 4`; `--help` lists them a
 from __future__ import annotations
 
 import dataclasses
-import math
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import tyro
 from flax import nnx
-from rich.console import Console
 
 import spec_jax
-from experiments.config import RunConfig
-from experiments.data import Text, batch_at
-from experiments.measure import measure_decoding
-from experiments.report import print_table, write_report
+from experiments.decoding_run import DecodingRunConfig, Strategy, decoding_task
+from experiments.distillation import DistillationConfig, distillation_tokens
 from experiments.runtime import exit_with
-from experiments.samples import print_samples
 from experiments.session import Task, run
-from experiments.train_state import Models
-from spec_jax.losses import next_token_loss
+from experiments.train_state import LossFn, Models
+from spec_jax.losses import distillation_loss, next_token_loss
 
 KIND = "train_draft"
-GAMMAS = range(1, 9)
+STRATEGY = Strategy(
+    label="small draft",
+    target=lambda models: models["target"],
+    drafter=lambda models, gamma: spec_jax.SmallModel(models["draft"], gamma=gamma),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainDraftConfig(RunConfig):
+class TrainDraftConfig(DecodingRunConfig):
     """A target and a draft model.
 
     Attributes:
-      target: the model whose text is wanted.
-      draft: the model that drafts for it.
-      gamma: tokens drafted a round, in samples.
-      verification: the rule, in samples and measurements.
-      temperature: of samples and measurements.
-      prompt_length: bytes of a prompt.
-      generate_length: bytes generated.
-      report_repeats: timed repeats of every way to decode, each with a prompt of its own.
+      draft: the model that drafts for the target.
+      distillation: what the draft learns from the target.
     """
 
-    target: spec_jax.DecoderConfig = spec_jax.DecoderConfig(depth=10)  # noqa: RUF009 - immutable
     draft: spec_jax.DecoderConfig = spec_jax.DecoderConfig(depth=2)  # noqa: RUF009 - immutable
-    gamma: int = 5
-    verification: Literal["rejection", "block", "coupled"] = "rejection"
-    temperature: float = 1.0
-    prompt_length: int = 128
-    generate_length: int = 512
-    report_repeats: int = 5
+    distillation: DistillationConfig = DistillationConfig()  # noqa: RUF009 - immutable
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.target.vocab_size != self.draft.vocab_size or self.target.vocab_size < 256:
+        if self.target.vocab_size != self.draft.vocab_size:
             raise ValueError(
-                "target.vocab_size and draft.vocab_size must be the same and hold all 256 bytes, "
+                "target.vocab_size and draft.vocab_size must be the same, "
                 f"got {self.target.vocab_size} and {self.draft.vocab_size}"
             )
-        for name in ("prompt_length", "generate_length", "report_repeats"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.gamma < 0:
-            raise ValueError(f"gamma must be at least 0, got {self.gamma}")
-        # Not `sampling.checked()`: it makes arrays, and no array may be made before `jax.distributed` starts.
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be a finite number >= 0, got {self.temperature}")
-
-    @property
-    def sampling(self) -> spec_jax.Sampling:
-        """Of samples and measurements."""
-        return spec_jax.Sampling(temperature=self.temperature)
 
 
 PRESETS: dict[str, tuple[str, TrainDraftConfig]] = {
@@ -138,62 +112,29 @@ def models_of(configuration: Mapping[str, Any]) -> dict[str, spec_jax.Decoder]:
     return make_models(TrainDraftConfig(target=target, draft=draft))
 
 
-def loss_fn(models: Models, tokens_bt: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The sum of both models' losses; neither sees the other's."""
-    losses = {
-        f"{name}_loss": next_token_loss(model(tokens_bt[:, :-1]).logits, tokens_bt[:, 1:])
-        for name, model in models.items()
-    }
-    return losses["target_loss"] + losses["draft_loss"], losses
+def make_loss_fn(config: TrainDraftConfig) -> LossFn:
+    """The sum of both models' losses. The target never sees the draft's; the draft may learn from the target."""
+    distillation = config.distillation
+
+    def loss_fn(models: Models, tokens_bt: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        logits = {name: model(tokens_bt[:, :-1]).logits for name, model in models.items()}
+        losses = {f"{name}_loss": next_token_loss(logits[name], tokens_bt[:, 1:]) for name in models}
+        total = losses["target_loss"] + losses["draft_loss"]
+        if distillation.weight:
+            taught_bt = distillation_tokens(distillation, models["target"], tokens_bt, config.seed)[:, :-1]
+            if distillation.own_samples:
+                logits = {name: model(taught_bt).logits for name, model in models.items()}
+            losses["distillation"] = distillation_loss(logits["draft"], logits["target"])
+            total = total + distillation.weight * losses["distillation"]
+        return total, losses
+
+    return loss_fn
 
 
 def task(config: TrainDraftConfig) -> Task:
     """What `session.run` needs to train this pair."""
-
-    def prompt(split: Any, step: int) -> Any:
-        # A row of `batch_at` has one token more than its sequence.
-        return batch_at(split, seed=config.seed, step=step, batch_size=1, sequence_length=config.prompt_length - 1)
-
-    def on_sample(models: Models, text: Text, done: int, console: Console) -> None:
-        print_samples(
-            console,
-            models["target"],
-            spec_jax.SmallModel(models["draft"], gamma=config.gamma),
-            prompt(text.validation, done)[0].tolist(),
-            title=f"step {done:,}",
-            max_new_tokens=config.generate_length,
-            key=jax.random.fold_in(jax.random.key(config.seed), done),
-            sampling=config.sampling,
-            verification=config.verification,
-        )
-
-    def on_report(models: Models, text: Text, console: Console, configuration: dict[str, Any]) -> None:
-        with console.status("measuring plain and speculative decoding"):
-            measurements = measure_decoding(
-                models["target"],
-                {f"γ = {gamma}": spec_jax.SmallModel(models["draft"], gamma=gamma) for gamma in GAMMAS},
-                [prompt(text.test, repeat) for repeat in range(config.report_repeats)],
-                max_new_tokens=config.generate_length,
-                sampling=config.sampling,
-                verification=config.verification,
-                seed=config.seed,
-            )
-        print_table(
-            console,
-            measurements,
-            title=f"batch 1, temperature {config.temperature:g}, {config.prompt_length}-byte prompts, "
-            f"{config.generate_length} bytes generated",
-        )
-        write_report(config.output, measurements, configuration=configuration)
-        console.print(f"figures, numbers and checkpoints are in {config.output}")
-
-    return Task(
-        kind=KIND,
-        make_models=lambda: make_models(config),
-        loss_fn=loss_fn,
-        main_loss="target_loss",
-        on_sample=on_sample,
-        on_report=on_report,
+    return decoding_task(
+        config, STRATEGY, kind=KIND, make_models=lambda: make_models(config), loss_fn=make_loss_fn(config)
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 import spec_jax
-from experiments.generate import DRAFTERS, GenerateConfig, generate, load_models
+from experiments.generate import GenerateConfig, generate, load_run
 from experiments.samples import ByteText
 from tests.experiments.runs import tiny_config, train
 
@@ -27,10 +27,12 @@ def printed(config):
     return console.file.getvalue()
 
 
-@pytest.mark.parametrize("changes", [{"plain": True}, {"drafter": "none"}, {"gamma": 2}, {"verification": "block"}])
+@pytest.mark.parametrize(
+    "changes", [{"plain": True}, {"drafter": "none"}, {"drafter": "ngram"}, {"gamma": 2}, {"verification": "block"}]
+)
 def test_greedy_text_is_the_same_whatever_drafts(run, changes):
     config = GenerateConfig(checkpoint=run, prompt="alpha", temperature=0.0, max_new_tokens=20, **changes)
-    target = load_models(run)["target"]
+    target = load_run(run).target
     result = spec_jax.base_decoding(
         target, np.array([list(b"alpha")]), max_new_tokens=20, key=jax.random.key(0), sampling=config.sampling
     )
@@ -44,19 +46,16 @@ def test_a_seed_gives_a_text(run):
 
 
 def test_an_older_checkpoint(run):
-    old, new = (load_models(run, step)["target"].embed.embedding[...] for step in (4, 8))
+    old, new = (load_run(run, step).target.embed.embedding[...] for step in (4, 8))
     assert abs(old - new).max() > 0
-
-
-def test_every_drafter_is_offered():
-    assert set(DRAFTERS) == {"draft", "none"}
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"prompt": ""}, "prompt must have at least one byte"),
-        ({"drafter": "oracle"}, "drafter must be one of draft, none, got 'oracle'"),
+        ({"drafter": "oracle"}, "drafter must be one of trained, ngram, layer-skip, none, got 'oracle'"),
+        ({"drafter": "layer-skip"}, "drafter 'layer-skip' needs .*: run python -m experiments.search_layer_skip"),
         ({"max_new_tokens": -1}, "max_new_tokens must be at least 0, got -1"),
         ({"gamma": -1}, "gamma must be at least 0, got -1"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),

@@ -61,7 +61,7 @@ def test_measurements_of_a_draft_that_is_the_target(tmp_path):
     assert itself.predicted_speedup == pytest.approx(4 / (3 * itself.draft_cost + itself.scoring_cost))
     assert 0 <= (other.acceptance_rate or 0) < 1
     assert 0 < plain.milliseconds_min <= plain.milliseconds_median
-    write_report(tmp_path, [plain, itself, other], configuration={"seed": 0})
+    write_report(tmp_path, [plain, itself, other], label="small draft", configuration={"seed": 0})
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["decoding"][1]["acceptance_rate"] == 1
     assert report["machine"]["jax"] == jax.__version__

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType
 
-from experiments.train_draft import loss_fn
+from experiments.train_draft import TrainDraftConfig, make_loss_fn
 from experiments.train_state import (
     LossFn,
     TrainState,
@@ -23,6 +23,7 @@ from experiments.train_state import (
 from spec_jax import Decoder, DecoderConfig
 from tests.experiments.runs import leaves
 
+loss_fn = make_loss_fn(TrainDraftConfig())
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(1e-2))
 
 

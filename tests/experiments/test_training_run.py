@@ -78,7 +78,7 @@ def test_the_loss_is_traced_twice_only(tmp_path):
     """Once with its gradient and once without, whatever the number of steps, validations and checkpoints."""
     config = tiny_config(tmp_path)
     # The scan over microbatches evaluates shapes first, which is a trace as well.
-    counted: Any = chex.assert_max_traces(train_draft.loss_fn, n=3)
+    counted: Any = chex.assert_max_traces(train_draft.make_loss_fn(config), n=3)
     code, _ = train(config, dataclasses.replace(train_draft.task(config), loss_fn=counted))
     assert code == 0
 
@@ -97,8 +97,10 @@ def test_nan_late_in_a_run(tmp_path):
 
     first = train_draft.make_models(config)["target"].head.to_logits.kernel[...]
 
+    loss_fn = train_draft.make_loss_fn(config)
+
     def poisoned(models, tokens_bt):
-        loss, report = train_draft.loss_fn(models, tokens_bt)
+        loss, report = loss_fn(models, tokens_bt)
         far = moved(models["target"].head.to_logits.kernel[...]) > threshold
         return loss + jnp.where(far, jnp.nan, 0.0), report
 

@@ -1,0 +1,131 @@
+"""Does training with a prophet change the target's own loss?
+
+    python -m experiments.compare_prophet_training --output runs/prophet_effect
+
+Trains the same target from the same weights on the same batches three ways: alone, with a prophet whose gradient
+stops at the target's hidden states, and with one whose gradient goes through; several seeds of each. Draws the
+validation loss of the target and prints the paired differences. Finished runs are kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from experiments import train_prophet
+from experiments.checkpoints import newest_step
+from experiments.figures import Panel, save_panels
+from experiments.metrics import read_metrics
+from experiments.report import machine
+from experiments.runtime import exit_with
+from experiments.session import run
+from spec_jax import DecoderConfig
+from spec_jax.losses import bits_per_byte
+
+ALONE = "target alone"
+WAYS: dict[str, dict[str, float | bool]] = {
+    ALONE: {"prophet_loss_weight": 0.0},
+    "prophet, detached": {"detach_target_hiddens": True},
+    "prophet": {},
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """What to compare.
+
+    Attributes:
+      output: folder for the runs, the numbers and the figure.
+      seeds: seeds of each way.
+      steps: training steps of each run.
+      dim: width of the target.
+      depth: blocks of the target.
+      validate_every: steps between points of the figure.
+    """
+
+    output: pathlib.Path = pathlib.Path("runs/prophet_effect")
+    seeds: int = 4
+    steps: int = 200
+    dim: int = 192
+    depth: int = 4
+    validate_every: int = 20
+
+    def __post_init__(self) -> None:
+        if self.seeds < 2:
+            raise ValueError(f"seeds must be at least 2, got {self.seeds}: one says nothing of the spread")
+
+
+def configuration(config: CompareConfig, way: str, seed: int) -> train_prophet.TrainProphetConfig:
+    """The run of one way and seed."""
+    preset = train_prophet.PRESETS["cpu"][1]
+    target = DecoderConfig(dim=config.dim, depth=config.depth, heads=config.dim // 64)
+    changed = {
+        "target": target,
+        "output": config.output / f"{way.replace(', ', '_').replace(' ', '_')}_{seed}",
+        "seed": seed,
+        "steps": config.steps,
+        "validate_every": config.validate_every,
+        "validation_batches": 16,
+        "checkpoint_every": config.steps,
+        "sample_every": 0,
+        "report": False,
+    }
+    return dataclasses.replace(preset, **changed | WAYS[way])
+
+
+def curve(config: CompareConfig, way: str, seed: int, console: Console) -> list[tuple[float, float]]:
+    """(step, bits per byte of the target on validation text), after training where it is not done yet."""
+    chosen = configuration(config, way, seed)
+    done = newest_step(chosen.output)
+    if done != config.steps:
+        chosen = dataclasses.replace(chosen, resume=done is not None, overwrite=done is None)
+        if code := run(chosen, train_prophet.task(chosen), console):
+            raise SystemExit(code)
+    name = "validation/target_loss"
+    return [(r["step"], bits_per_byte(r[name])) for r in read_metrics(chosen.output) if name in r]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Reads the command line, trains, compares."""
+    config = tyro.cli(CompareConfig, args=arguments, description=__doc__)
+    console = Console()
+    curves = {way: [curve(config, way, seed, console) for seed in range(config.seeds)] for way in WAYS}
+    last = {way: np.array([points[-1][1] for points in runs]) for way, runs in curves.items()}
+    table = Table(title=f"target's validation loss after {config.steps} steps, {config.seeds} seeds")
+    for column in ("", "bits per byte", "difference from alone, same seed", "of which seeds better"):
+        table.add_column(column)
+    for way, bits in last.items():
+        difference = bits - last[ALONE]
+        error = difference.std(ddof=1) / config.seeds**0.5
+        cells = ("", "") if way == ALONE else (f"{difference.mean():+.4f} ± {error:.4f}", f"{(difference < 0).sum()}")
+        table.add_row(way, f"{bits.mean():.4f} ± {bits.std(ddof=1) / config.seeds**0.5:.4f}", *cells)
+    console.print(table)
+    mean = {way: np.mean(np.array(runs), axis=0).tolist() for way, runs in curves.items()}
+    single = {
+        way: [(step, bits - alone) for (step, bits), (_, alone) in zip(mean[way], mean[ALONE], strict=True)]
+        for way in WAYS
+    }
+    save_panels(
+        config.output / "prophet_effect.png",
+        [
+            [
+                Panel("validation loss, mean of seeds", "training step", "bits per byte", mean, {}),
+                Panel("difference from the target alone", "training step", "bits per byte", single, {}, level=0.0),
+            ]
+        ],
+    )
+    content = {"machine": machine(), "curves": curves}
+    (config.output / "prophet_effect.json").write_text(json.dumps(content, indent=2) + "\n")
+    console.print(f"prophet_effect.json and prophet_effect.png are in {config.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    exit_with(main)

@@ -1,0 +1,240 @@
+"""Which strategy when: trains every strategy on the same text and budget, and measures them all.
+
+    python -m experiments.compare_strategies --output runs/strategies
+
+Trains a small draft, an early exit and a prophet with the same steps and batches as `train_draft cpu`; n-gram lookup
+and layer skipping need no training and use the small draft's target. Finished training runs are kept: a second start
+goes on where the first one ended. Then decodes code and prose, at temperatures 0 and 1 and batches 1, 4 and 16.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+import spec_jax
+from experiments import search_layer_skip, train_draft, train_early_exit, train_prophet
+from experiments.checkpoints import newest_step
+from experiments.data import load_text, validation_batches
+from experiments.decoding_run import DecodingRunConfig
+from experiments.figures import Panel, save_panels
+from experiments.generate import load_run
+from experiments.measure import PLAIN, Measurement, measure_costs, measure_decoding
+from experiments.report import machine
+from experiments.runtime import exit_with, use_compilation_cache
+from experiments.session import Task, run
+
+DRAFT, EXIT, PROPHET, NGRAM, SKIP = "small draft", "early exit", "prophet", "n-gram", "layer skip"
+TRAINED: dict[str, tuple[Any, Callable[[Any], Task]]] = {
+    DRAFT: (train_draft.PRESETS, train_draft.task),
+    EXIT: (train_early_exit.PRESETS, train_early_exit.task),
+    PROPHET: (train_prophet.PRESETS, train_prophet.task),
+}
+# Bytes whose share tells prose from code: code has more of everything else.
+PROSE = np.isin(np.arange(256), np.frombuffer(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ,", np.uint8))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """What to compare.
+
+    Attributes:
+      output: folder for the training runs, the table and the figure.
+      preset: of the training scripts.
+      steps: training steps of each; None is the preset's.
+      gammas: tokens drafted a round.
+      batches: rows decoded at once.
+      temperatures: of the text drawn.
+      repeats: timed repeats of each, with prompts of their own.
+      generate_length: bytes drawn a row.
+    """
+
+    output: pathlib.Path = pathlib.Path("runs/strategies")
+    preset: str = "cpu"
+    steps: int | None = None
+    gammas: tuple[int, ...] = (1, 2, 3, 5, 8)
+    batches: tuple[int, ...] = (1, 4, 16)
+    temperatures: tuple[float, ...] = (0.0, 1.0)
+    repeats: int = 3
+    generate_length: int = 192
+
+    def __post_init__(self) -> None:
+        if self.preset not in train_draft.PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(train_draft.PRESETS)}, got {self.preset!r}")
+        for name in ("gammas", "batches", "temperatures"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must have at least one value, got ()")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One measurement and where it was taken."""
+
+    strategy: str
+    text: str
+    temperature: float
+    measurement: Measurement
+
+    @property
+    def place(self) -> tuple[str, str, float, int]:
+        """Strategy, text, temperature, batch."""
+        return self.strategy, self.text, self.temperature, self.measurement.batch
+
+    def as_json(self) -> dict[str, Any]:
+        """Flat."""
+        place = {"strategy": self.strategy, "text": self.text, "temperature": self.temperature}
+        return place | dataclasses.asdict(self.measurement)
+
+
+def train_all(config: CompareConfig, console: Console) -> DecodingRunConfig:
+    """Trains what is not trained yet; returns the small draft's configuration, whose sizes all share."""
+    configs = {}
+    for name, (presets, task) in TRAINED.items():
+        preset = presets[config.preset][1]
+        folder = config.output / name.replace(" ", "_")
+        steps = config.steps or preset.steps
+        changed = dataclasses.replace(preset, output=folder, steps=steps, report=False, sample_every=0)
+        configs[name] = changed
+        done = newest_step(folder)
+        if done == steps:
+            console.print(f"{name}: trained already, {folder}")
+            continue
+        changed = dataclasses.replace(changed, resume=done is not None, overwrite=done is None)
+        if code := run(changed, task(changed), console):
+            raise SystemExit(code)
+    return configs[DRAFT]
+
+
+def prompts_of(split: np.ndarray, kind: str, *, count: int, length: int) -> np.ndarray:
+    """(count, length) pieces of text that look most like prose or most like code, spread over the split."""
+    starts = np.arange(0, len(split) - length, max(length, (len(split) - length) // 4096))
+    share = np.array([PROSE[split[start : start + length]].mean() for start in starts])
+    order = np.argsort(share if kind == "code" else -share, kind="stable")
+    # The hundredth part at the far end holds tables and rulers, which are neither.
+    chosen = starts[np.sort(order[len(order) // 100 :][:count])]
+    return np.stack([split[start : start + length] for start in chosen]).astype(np.int32)
+
+
+def measure_all(config: CompareConfig, shared: DecodingRunConfig, console: Console) -> list[Row]:
+    """Every strategy, gamma, batch, temperature and kind of text."""
+    runs = {name: load_run(config.output / name.replace(" ", "_")) for name in TRAINED}
+    text = load_text(shared.data)
+    best = searched_layers(runs[DRAFT].target, text.validation)
+    skipped = best.skip_attention, best.skip_feed_forward
+    targets = {name: run.target for name, run in runs.items()}
+    targets |= {NGRAM: targets[DRAFT], SKIP: targets[DRAFT]}
+
+    def drafter(name: str, gamma: int) -> spec_jax.Drafter:
+        if name == NGRAM:
+            return spec_jax.NGram(gamma=gamma)
+        if name == SKIP:
+            return spec_jax.LayerSkip(*skipped, gamma=gamma)
+        return runs[name].strategy.drafter(runs[name].models, gamma)
+
+    rows = []
+    for batch in config.batches:
+        count = batch * config.repeats
+        shape = config.repeats, batch, shared.prompt_length
+        texts = {
+            kind: prompts_of(text.test, kind, count=count, length=shared.prompt_length).reshape(shape)
+            for kind in ("code", "prose")
+        }
+        for name, target in targets.items():
+            drafters = {f"γ = {gamma}": drafter(name, gamma) for gamma in config.gammas}
+            common: dict[str, Any] = {"max_new_tokens": config.generate_length}
+            with console.status(f"{name}, batch {batch}: costs"):
+                costs = measure_costs(target, drafters, texts["code"][0], sampling=spec_jax.Sampling(), **common)
+            for kind, prompts in texts.items():
+                for temperature in config.temperatures:
+                    sampling = spec_jax.Sampling(temperature=temperature)
+                    with console.status(f"{name}, batch {batch}: {kind}, temperature {temperature:g}"):
+                        measured = measure_decoding(
+                            target, drafters, list(prompts), sampling=sampling, costs=costs, **common
+                        )
+                    rows += [Row(name, kind, temperature, m) for m in measured if m.name != PLAIN]
+                    fastest = max(measured, key=lambda m: m.speedup)
+                    console.print(
+                        f"{name}, batch {batch}, {kind}, temperature {temperature:g}: "
+                        f"{fastest.speedup:.2f} × at {fastest.name}, the formula says {fastest.predicted_speedup:.2f} ×"
+                    )
+    return rows
+
+
+def searched_layers(target: Any, validation: np.ndarray) -> search_layer_skip.Found:
+    """The best set of sublayers to skip."""
+    batches = list(validation_batches(validation, batch_size=8, sequence_length=128, max_batches=1))
+    way = search_layer_skip.search(target, batches, max_gamma=8, scoring_cost=1.8)
+    return max(way, key=lambda found: found.speedup)
+
+
+def print_rows(console: Console, rows: Sequence[Row]) -> None:
+    """The best gamma of each strategy in each place: measured, formula, acceptance."""
+    places = sorted({(row.measurement.batch, row.temperature, row.text) for row in rows})
+    strategies = list(dict.fromkeys(row.strategy for row in rows))
+    table = Table(title="speed-up over plain decoding at the best γ (formula; accepted)")
+    for column in ("batch", "temp.", "text", *strategies):
+        table.add_column(column)
+    for batch, temperature, text in places:
+        cells = []
+        for strategy in strategies:
+            here = [row.measurement for row in rows if row.place == (strategy, text, temperature, batch)]
+            best = max(here, key=lambda m: m.speedup)
+            rate = f"{best.acceptance_rate:.0%}" if best.acceptance_rate is not None else ""
+            cells.append(f"{best.speedup:.2f} × γ {best.gamma}\n({best.predicted_speedup:.2f}; {rate})")
+        table.add_row(str(batch), f"{temperature:g}", text, *cells)
+    console.print(table)
+
+
+def panels(rows: Sequence[Row]) -> list[list[Panel]]:
+    """One row a text and temperature: acceptance by position, then the speed-up at each batch."""
+    grid = []
+    for text, temperature in dict.fromkeys((row.text, row.temperature) for row in rows):
+        here = [row for row in rows if (row.text, row.temperature) == (text, temperature)]
+        batches = sorted({row.measurement.batch for row in here})
+        strategies = list(dict.fromkeys(row.strategy for row in here))
+        longest = max(row.measurement.gamma for row in here)
+        title = f"{text}, temperature {temperature:g}"
+        acceptance = {
+            row.strategy: list(enumerate(row.measurement.acceptance_by_position, 1))
+            for row in here
+            if row.measurement.gamma == longest and row.measurement.batch == batches[0]
+        }
+        line = [Panel(title, "position in the draft", "fraction kept", acceptance, {}, bottom=0.0)]
+        for batch in batches:
+            measured: dict[str, list[tuple[float, float]]] = {name: [] for name in strategies}
+            predicted: dict[str, list[tuple[float, float]]] = {name: [] for name in strategies}
+            for row in here:
+                if (m := row.measurement).batch == batch:
+                    measured[row.strategy].append((m.gamma, m.speedup))
+                    predicted[row.strategy].append((m.gamma, m.predicted_speedup))
+            line.append(Panel(f"{title}, batch {batch}", "γ", "speed-up", measured, predicted, level=1.0, bottom=0.0))
+        grid.append(line)
+    return grid
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Reads the command line, trains, measures and writes."""
+    config = tyro.cli(CompareConfig, args=arguments, description=__doc__)
+    console = Console()
+    use_compilation_cache()
+    config.output.mkdir(parents=True, exist_ok=True)
+    shared = train_all(config, console)
+    rows = measure_all(config, shared, console)
+    print_rows(console, rows)
+    content = {"machine": machine(), "rows": [row.as_json() for row in rows]}
+    (config.output / "strategies.json").write_text(json.dumps(content, indent=2) + "\n")
+    save_panels(config.output / "strategies.png", panels(rows))
+    console.print(f"strategies.json and strategies.png are in {config.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    exit_with(main)

@@ -1,0 +1,152 @@
+"""What the runs that train a target and something that drafts for it have in common: prompts, samples, the report."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from rich.console import Console
+
+import spec_jax
+from experiments.config import RunConfig
+from experiments.data import Text, batch_at
+from experiments.measure import measure_decoding
+from experiments.report import print_table, write_report
+from experiments.samples import print_samples
+from experiments.session import Task
+from experiments.train_state import LossFn, Models
+
+GAMMAS = range(1, 9)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodingRunConfig(RunConfig):
+    """A target and how text is drawn from it in samples and measurements.
+
+    Attributes:
+      target: the model whose text is wanted.
+      gamma: tokens drafted a round, in samples.
+      verification: the rule, in samples and measurements.
+      temperature: of samples and measurements.
+      prompt_length: bytes of a prompt.
+      generate_length: bytes generated.
+      report_repeats: timed repeats of every way to decode, each with a prompt of its own.
+    """
+
+    target: spec_jax.DecoderConfig = spec_jax.DecoderConfig(depth=10)  # noqa: RUF009 - immutable
+    gamma: int = 5
+    verification: Literal["rejection", "block", "coupled"] = "rejection"
+    temperature: float = 1.0
+    prompt_length: int = 128
+    generate_length: int = 512
+    report_repeats: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target.vocab_size < 256:
+            raise ValueError(f"target.vocab_size must hold all 256 bytes, got {self.target.vocab_size}")
+        for name in ("prompt_length", "generate_length", "report_repeats"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.gamma < 0:
+            raise ValueError(f"gamma must be at least 0, got {self.gamma}")
+        # Not `sampling.checked()`: it makes arrays, and no array may be made before `jax.distributed` starts.
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be a finite number >= 0, got {self.temperature}")
+
+    @property
+    def sampling(self) -> spec_jax.Sampling:
+        """Of samples and measurements."""
+        return spec_jax.Sampling(temperature=self.temperature)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Strategy:
+    """How a kind of run decodes with what it has trained.
+
+    Attributes:
+      label: its name in figures.
+      target: the target among the run's models.
+      drafter: (models, gamma) → what drafts for it.
+    """
+
+    label: str
+    target: Callable[[Models], Any]
+    drafter: Callable[[Models, int], spec_jax.Drafter]
+
+
+def shared_fields(config: DecodingRunConfig, other: type[DecodingRunConfig]) -> dict[str, Any]:
+    """The values of the fields that another kind of run has too: its preset is the same run with another drafter."""
+    ours = {field.name for field in dataclasses.fields(other)}
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name in ours}
+
+
+def prompt(split: np.ndarray, config: DecodingRunConfig, step: int) -> np.ndarray:
+    """(1, prompt_length) bytes, another piece for each step."""
+    # A row of `batch_at` has one token more than its sequence.
+    return batch_at(split, seed=config.seed, step=step, batch_size=1, sequence_length=config.prompt_length - 1)
+
+
+def decoding_task(
+    config: DecodingRunConfig,
+    strategy: Strategy,
+    *,
+    kind: str,
+    make_models: Callable[[], Models],
+    loss_fn: LossFn,
+) -> Task:
+    """What `session.run` needs: coloured samples on the way, and the measured speed-up for gamma 1 to 8 at the end.
+
+    Args:
+      config: the run's.
+      strategy: how to decode.
+      kind: the run's name, kept in checkpoints.
+      make_models: makes the models, by name.
+      loss_fn: reports `target_loss` among others.
+    """
+
+    def on_sample(models: Models, text: Text, done: int, console: Console) -> None:
+        print_samples(
+            console,
+            strategy.target(models),
+            strategy.drafter(models, config.gamma),
+            prompt(text.validation, config, done)[0].tolist(),
+            title=f"step {done:,}",
+            max_new_tokens=config.generate_length,
+            key=jax.random.fold_in(jax.random.key(config.seed), done),
+            sampling=config.sampling,
+            verification=config.verification,
+        )
+
+    def on_report(models: Models, text: Text, console: Console, configuration: dict[str, Any]) -> None:
+        with console.status("measuring plain and speculative decoding"):
+            measurements = measure_decoding(
+                strategy.target(models),
+                {f"γ = {gamma}": strategy.drafter(models, gamma) for gamma in GAMMAS},
+                [prompt(text.test, config, repeat) for repeat in range(config.report_repeats)],
+                max_new_tokens=config.generate_length,
+                sampling=config.sampling,
+                verification=config.verification,
+                seed=config.seed,
+            )
+        print_table(
+            console,
+            measurements,
+            title=f"batch 1, temperature {config.temperature:g}, {config.prompt_length}-byte prompts, "
+            f"{config.generate_length} bytes generated",
+        )
+        write_report(config.output, measurements, label=strategy.label, configuration=configuration)
+        console.print(f"figures, numbers and checkpoints are in {config.output}")
+
+    return Task(
+        kind=kind,
+        make_models=make_models,
+        loss_fn=loss_fn,
+        main_loss="target_loss",
+        on_sample=on_sample,
+        on_report=on_report,
+    )

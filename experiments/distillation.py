@@ -1,0 +1,79 @@
+"""Text for distillation: the corpus, or the target's own continuations of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import spec_jax
+from spec_jax import checks, loop
+from spec_jax.drafters.plain import Plain
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """How a draft learns from its target, beside learning from the text (DistillSpec, Zhou 2310.08461).
+
+    Attributes:
+      weight: of the forward KL divergence from the target in the draft's loss; 0 is none.
+      own_samples: distil on what the target writes itself, and not on the text.
+      prompt_length: bytes of text that such a sample starts from.
+    """
+
+    weight: float = 0.0
+    own_samples: bool = False
+    prompt_length: int = 64
+
+    def __post_init__(self) -> None:
+        if not self.weight >= 0:
+            raise ValueError(f"distillation.weight must be at least 0, got {self.weight}")
+        if self.prompt_length < 1:
+            raise ValueError(f"distillation.prompt_length must be at least 1, got {self.prompt_length}")
+
+
+def key_of(tokens_bt: jax.Array, seed: int) -> jax.Array:
+    """A random key that is a function of the batch: a loss stays a pure function of models and tokens."""
+    weight_t = jnp.arange(1, tokens_bt.shape[1] + 1, dtype=jnp.uint32)
+    return jax.random.fold_in(jax.random.key(seed), (tokens_bt.astype(jnp.uint32) * weight_t[None, :]).sum())
+
+
+def own_samples(target: Any, tokens_bt: jax.Array, *, prompt_length: int, seed: int) -> jax.Array:
+    """(B, T) tokens: the first `prompt_length` of each row, then the target's own continuation at temperature 1.
+
+    Traced: it is part of the training step. No gradient goes through it.
+    """
+    batch, width = tokens_bt.shape
+    new = width - prompt_length
+    if new < 1:
+        raise ValueError(f"distillation.prompt_length must be below the {width} tokens of a row, got {prompt_length}")
+    request = loop.Request(
+        key=key_of(tokens_bt, seed),
+        row_ids_b=jnp.arange(batch, dtype=jnp.uint32),
+        sampling=spec_jax.Sampling().checked(),
+        lenience=jnp.float32(1),
+        eos_id=jnp.int32(-1),
+        pad_id=jnp.int32(0),
+        max_new_tokens=jnp.int32(new),
+        verification=spec_jax.Verification.COUPLED,
+    )
+    prompt_bp = tokens_bt[:, :prompt_length]
+    result = loop.decode(
+        jax.lax.stop_gradient(target),
+        Plain(),
+        prompt_bp,
+        jnp.full((batch,), prompt_length, jnp.int32),
+        request,
+        size=checks.checked_size(None, width=prompt_length, max_new_tokens=new, gamma=0),
+        width=new,
+    )
+    return jnp.concatenate((prompt_bp, result.tokens), axis=1)
+
+
+def distillation_tokens(config: DistillationConfig, target: Any, tokens_bt: jax.Array, seed: int) -> jax.Array:
+    """(B, T) tokens to distil on."""
+    if not config.own_samples:
+        return tokens_bt
+    return own_samples(target, tokens_bt, prompt_length=config.prompt_length, seed=seed)

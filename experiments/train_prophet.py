@@ -1,0 +1,158 @@
+"""Trains a target together with its prophet, then shows what drafting with the prophet gains.
+
+    python -m experiments.train_prophet cpu
+    python -m experiments.train_prophet enwik8 --output runs/prophet
+
+Every field can be set: `--prophet.depth 2`, `--prophet-train-length 10`; `--help` lists them all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import tyro
+from flax import nnx
+
+import spec_jax
+from experiments import train_draft
+from experiments.decoding_run import DecodingRunConfig, Strategy, decoding_task, shared_fields
+from experiments.distillation import DistillationConfig, own_samples
+from experiments.runtime import exit_with
+from experiments.session import Task, run
+from experiments.train_state import LossFn, Models
+from spec_jax.losses import prophet_distillation_loss, prophet_losses
+
+KIND = "train_prophet"
+STRATEGY = Strategy(
+    label="prophet",
+    target=lambda models: models["pair"].target,
+    drafter=lambda models, gamma: spec_jax.Prophet(models["pair"], gamma=gamma),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainProphetConfig(DecodingRunConfig):
+    """A target and its prophet.
+
+    Attributes:
+      prophet: the small decoder.
+      prophet_train_length: tokens of a training window.
+      num_leading_start_tokens: hidden states of the target that a window starts with.
+      detach_target_hiddens: whether the prophet's gradient stops at the target.
+      prophet_loss_weight: of the prophet's loss beside the target's; 0 trains the target alone.
+      distillation: what the prophet learns from the target.
+    """
+
+    prophet: spec_jax.DecoderConfig = spec_jax.DecoderConfig(depth=2)  # noqa: RUF009 - immutable
+    prophet_train_length: int = 7
+    num_leading_start_tokens: int = 2
+    detach_target_hiddens: bool = False
+    prophet_loss_weight: float = 1.0
+    distillation: DistillationConfig = DistillationConfig()  # noqa: RUF009 - immutable
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target.vocab_size != self.prophet.vocab_size:
+            raise ValueError(
+                "target.vocab_size and prophet.vocab_size must be the same, "
+                f"got {self.target.vocab_size} and {self.prophet.vocab_size}"
+            )
+        if not self.prophet_loss_weight >= 0:
+            raise ValueError(f"prophet_loss_weight must be at least 0, got {self.prophet_loss_weight}")
+        if not 1 <= self.num_leading_start_tokens < self.prophet_train_length <= self.sequence_length + 1:
+            raise ValueError(
+                "prophet_train_length must be above num_leading_start_tokens and at most sequence_length + 1, got "
+                f"{self.prophet_train_length} with {self.num_leading_start_tokens} and {self.sequence_length}"
+            )
+
+
+def _preset(name: str, *, output: str, prophet_train_length: int) -> TrainProphetConfig:
+    """The run of the same name of `train_draft`, with a prophet of the draft's size."""
+    draft = train_draft.PRESETS[name][1]
+    changed = {
+        "prophet": draft.draft,
+        "output": pathlib.Path(output),
+        "prophet_train_length": prophet_train_length,
+        "num_leading_start_tokens": 2,
+    }
+    return TrainProphetConfig(**shared_fields(draft, TrainProphetConfig) | changed)
+
+
+PRESETS: dict[str, tuple[str, TrainProphetConfig]] = {
+    "cpu": (
+        "The target of `train_draft cpu` with a prophet of its draft's size.",
+        _preset("cpu", output="runs/prophet_cpu", prophet_train_length=11),
+    ),
+    "enwik8": (
+        "The original's run: depth 2 for depth 10 at width 512, windows of gamma + 2 tokens, two start tokens.",
+        _preset("enwik8", output="runs/prophet", prophet_train_length=7),
+    ),
+}
+
+
+def make_models(config: TrainProphetConfig) -> dict[str, spec_jax.ModelWithProphet]:
+    """Target and prophet with fresh weights. The target's do not depend on the prophet."""
+    target_seed, prophet_seed = jax.random.split(jax.random.key(config.seed))
+    target = spec_jax.Decoder(config.target, rngs=nnx.Rngs(target_seed))
+    rngs = nnx.Rngs(prophet_seed)
+    pair = spec_jax.ModelWithProphet(
+        target,
+        spec_jax.Decoder(config.prophet, rngs=rngs),
+        prophet_train_length=config.prophet_train_length,
+        num_leading_start_tokens=config.num_leading_start_tokens,
+        detach_target_hiddens=config.detach_target_hiddens,
+        rngs=rngs,
+    )
+    return {"pair": pair}
+
+
+def models_of(configuration: Mapping[str, Any]) -> dict[str, spec_jax.ModelWithProphet]:
+    """The pair that a checkpoint's configuration describes, with fresh weights."""
+    names = ("prophet_train_length", "num_leading_start_tokens", "detach_target_hiddens", "sequence_length")
+    target, prophet = (spec_jax.DecoderConfig(**configuration[name]) for name in ("target", "prophet"))
+    values = {name: configuration[name] for name in names}
+    return make_models(TrainProphetConfig(target=target, prophet=prophet, **values))
+
+
+def make_loss_fn(config: TrainProphetConfig) -> LossFn:
+    """The target's loss and the weighted loss of the prophet over all windows."""
+    distillation = config.distillation
+
+    def loss_fn(models: Models, tokens_bt: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        pair = models["pair"]
+        output = pair(tokens_bt)
+        target_loss, prophet_loss = prophet_losses(pair, output, tokens_bt)
+        losses = {"target_loss": target_loss, "prophet_loss": prophet_loss}
+        total = target_loss + config.prophet_loss_weight * prophet_loss
+        if distillation.weight:
+            if distillation.own_samples:
+                samples_bt = own_samples(
+                    pair.target, tokens_bt, prompt_length=distillation.prompt_length, seed=config.seed
+                )
+                output = pair(samples_bt)
+            losses["distillation"] = prophet_distillation_loss(pair, output)
+            total = total + distillation.weight * losses["distillation"]
+        return total, losses
+
+    return loss_fn
+
+
+def task(config: TrainProphetConfig) -> Task:
+    """What `session.run` needs to train this pair."""
+    return decoding_task(
+        config, STRATEGY, kind=KIND, make_models=lambda: make_models(config), loss_fn=make_loss_fn(config)
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Reads the command line and runs."""
+    config = tyro.extras.overridable_config_cli(PRESETS, args=arguments, description=__doc__)
+    return run(config, task(config))
+
+
+if __name__ == "__main__":
+    exit_with(main)
