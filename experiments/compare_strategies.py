@@ -168,6 +168,34 @@ def measure_all(config: CompareConfig, shared: DecodingRunConfig, console: Conso
     return rows
 
 
+def ngram_extremes(config: CompareConfig, shared: DecodingRunConfig, console: Console) -> list[Row]:
+    """N-gram lookup where all repeats itself, and where it finds nothing: a drafting strategy's best and worst.
+
+    Repetitive is a line of the test text over and over, continued greedily; noise is drawn at temperature 5, where
+    hardly two bytes come twice.
+    """
+    target = load_run(config.output / DRAFT.replace(" ", "_")).target
+    split = load_text(shared.data).test
+    lines = prompts_of(split, "code", count=config.repeats, length=16)
+    repeated = np.tile(lines, (1, -(-shared.prompt_length // 16)))[:, None, : shared.prompt_length]
+    noise = np.random.default_rng(0).integers(0, 256, repeated.shape).astype(np.int32)
+    drafters = {f"γ = {gamma}": spec_jax.NGram(gamma=gamma) for gamma in config.gammas}
+    rows = []
+    for kind, prompts, temperature in (("repetitive", repeated, 0.0), ("noise", noise, 5.0)):
+        sampling = spec_jax.Sampling(temperature=temperature)
+        measured = measure_decoding(
+            target, drafters, list(prompts), max_new_tokens=config.generate_length, sampling=sampling
+        )
+        for m in measured:
+            if m.name != PLAIN:
+                rows.append(Row(NGRAM, kind, temperature, m))
+                console.print(
+                    f"n-gram on {kind} text, {m.name}: {m.speedup:.2f} × (of the fastest repeats "
+                    f"{m.speedup_of_minima:.2f} ×), drafting in {m.drafting_rate:.0%} of the rounds"
+                )
+    return rows
+
+
 def searched_layers(target: Any, validation: np.ndarray) -> search_layer_skip.Found:
     """The best set of sublayers to skip."""
     batches = list(validation_batches(validation, batch_size=8, sequence_length=128, max_batches=1))
@@ -229,7 +257,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shared = train_all(config, console)
     rows = measure_all(config, shared, console)
     print_rows(console, rows)
-    content = {"machine": machine(), "rows": [row.as_json() for row in rows]}
+    extremes = ngram_extremes(config, shared, console)
+    content = {"machine": machine(), "rows": [row.as_json() for row in rows + extremes]}
     (config.output / "strategies.json").write_text(json.dumps(content, indent=2) + "\n")
     save_panels(config.output / "strategies.png", panels(rows))
     console.print(f"strategies.json and strategies.png are in {config.output}")

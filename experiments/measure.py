@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import spec_jax
@@ -34,6 +35,7 @@ class Measurement:
       tokens_per_round: emitted tokens per forward of the target.
       draft_cost: time to draft one token, in forwards of the target over one token.
       scoring_cost: time to score gamma + 1 tokens, in the same unit.
+      drafting_rate: fraction of a row's rounds in which it drafted anything.
       speedup: median over the repeats of plain time per token over this one's, each of the same repeat.
       speedup_of_minima: the same ratio of the fastest repeats.
       predicted_speedup: what Leviathan's formula gives for this acceptance and these costs.
@@ -49,6 +51,7 @@ class Measurement:
     tokens_per_round: float
     draft_cost: float
     scoring_cost: float
+    drafting_rate: float
     speedup: float
     speedup_of_minima: float
     predicted_speedup: float
@@ -80,20 +83,25 @@ def alternate(
     return seconds, results
 
 
-def leviathan_speedup(acceptance: float, gamma: int, *, draft_cost: float, scoring_cost: float = 1.0) -> float:
+def leviathan_speedup(
+    acceptance: float, gamma: int, *, draft_cost: float, scoring_cost: float = 1.0, drafting_rate: float = 1.0
+) -> float:
     """The speed-up expected of gamma drafted tokens a round (2211.17192, theorem 3.8).
 
     (1 − α^(γ+1)) / ((1 − α)(γ·c + s)), with the scoring cost s that the paper takes as 1. It assumes that every
-    drafted token is kept with the same chance α, whatever came before.
+    drafted token is kept with the same chance α, whatever came before. Where only a fraction of the rounds drafts
+    anything, the others emit one token for one plain step, beside the drafting cost.
 
     Args:
       acceptance: α in [0, 1].
       gamma: γ, tokens drafted a round.
       draft_cost: c, the time to draft a token in forwards of the target over one token.
       scoring_cost: s, the time to score γ + 1 tokens in the same unit.
+      drafting_rate: fraction of the rounds in which something is drafted.
     """
     tokens = float(sum(acceptance**kept for kept in range(gamma + 1)))
-    return tokens / (gamma * draft_cost + scoring_cost)
+    idle = 1 - drafting_rate
+    return (drafting_rate * tokens + idle) / (gamma * draft_cost + drafting_rate * scoring_cost + idle)
 
 
 def measure_decoding(
@@ -178,9 +186,12 @@ def _measurement(
     results: Sequence[spec_jax.DecodeResult],
     cost: tuple[float, float],
 ) -> Measurement:
-    pooled = jax.tree.map(lambda *parts: np.concatenate([np.asarray(part) for part in parts]), *results)
+    pooled = jax.tree.map(lambda *parts: jnp.concatenate(parts), *results)
     milliseconds = np.asarray(seconds) * 1e3 / results[0].tokens.shape[1]
-    rate = float(pooled.acceptance_rate) if drafter.gamma else None
+    drafting_rate, rate = 0.0, None
+    if drafter.gamma:
+        drafting_rate = float(pooled.stats.drafted_bj[:, 0].sum() / pooled.rounds.sum())
+        rate = float(pooled.acceptance_rate) if drafting_rate else None
     draft_cost, scoring_cost = cost
     return Measurement(
         name=name,
@@ -189,13 +200,18 @@ def _measurement(
         milliseconds_min=float(milliseconds.min()),
         milliseconds_median=float(np.median(milliseconds)),
         acceptance_rate=rate,
-        acceptance_by_position=[float(x) for x in pooled.acceptance_by_position],
+        acceptance_by_position=[float(x) for x in pooled.acceptance_by_position if np.isfinite(x)],
         tokens_per_round=float(pooled.block_efficiency),
         draft_cost=draft_cost,
         scoring_cost=scoring_cost,
+        drafting_rate=drafting_rate,
         speedup=float(np.median(np.asarray(plain_seconds) / np.asarray(seconds))),
         speedup_of_minima=min(plain_seconds) / min(seconds),
         predicted_speedup=leviathan_speedup(
-            rate or 0.0, drafter.gamma, draft_cost=draft_cost, scoring_cost=scoring_cost
+            rate or 0.0,
+            drafter.gamma,
+            draft_cost=draft_cost,
+            scoring_cost=scoring_cost,
+            drafting_rate=drafting_rate,
         ),
     )

@@ -123,6 +123,9 @@ def _draft(target: Any, drafter: spec_jax.Drafter, state: loop.DecodeState, samp
 @jax.jit
 def _score(target: Any, drafter: spec_jax.Drafter, state: loop.DecodeState, sampling: spec_jax.Sampling) -> jax.Array:
     proposal = _zeros(jax.eval_shape(lambda: _propose(target, drafter, state, sampling, jnp.int32(0))))
+    # Every row has drafted: a strategy may score less where none has.
+    count_b = jnp.full_like(proposal.draft.count_b, drafter.gamma)
+    proposal = dataclasses.replace(proposal, draft=dataclasses.replace(proposal.draft, count_b=count_b))
 
     def once(_: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         window_bt, cache = carry

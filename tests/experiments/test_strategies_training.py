@@ -1,0 +1,220 @@
+"""Training, distillation, layer search and generation of the other strategies, on tiny models."""
+
+import dataclasses
+import io
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from rich.console import Console
+
+import spec_jax
+from experiments import (
+    compare_prophet_training,
+    compare_strategies,
+    search_layer_skip,
+    train_draft,
+    train_early_exit,
+    train_prophet,
+)
+from experiments.decoding_run import shared_fields
+from experiments.distillation import DistillationConfig, key_of, own_samples
+from experiments.generate import GenerateConfig, generate, load_run
+from experiments.metrics import read_metrics
+from experiments.samples import ByteText
+from spec_jax import DecoderConfig, ModelWithProphet
+from tests.experiments.runs import tiny_config, train
+
+TARGET = DecoderConfig(dim=16, depth=2, heads=1, dim_head=16, ff_mult=2)
+
+
+def early_exit_config(folder, **changes) -> train_early_exit.TrainEarlyExitConfig:
+    shared = shared_fields(tiny_config(folder), train_early_exit.TrainEarlyExitConfig)
+    target = dataclasses.replace(TARGET, early_exit_layer=1, early_exit_extra_blocks=1, early_exit_recycling=True)
+    shared["target"] = target
+    return train_early_exit.TrainEarlyExitConfig(**shared | changes)
+
+
+def prophet_config(folder, **changes) -> train_prophet.TrainProphetConfig:
+    shared = shared_fields(tiny_config(folder), train_prophet.TrainProphetConfig)
+    shared["target"], shared["prophet"] = TARGET, dataclasses.replace(TARGET, dim=8, depth=1)
+    return train_prophet.TrainProphetConfig(**shared | changes)
+
+
+KINDS: dict[str, tuple[Any, Any]] = {
+    "early exit": (early_exit_config, train_early_exit.task),
+    "prophet": (prophet_config, train_prophet.task),
+}
+OWN = DistillationConfig(weight=1.0, own_samples=True, prompt_length=4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_trains_generates_and_distils(kind: str, tmp_path):
+    """All losses fall; what it generates greedily is the target's own text; distillation is reported."""
+    make, task = KINDS[kind]
+    config = make(tmp_path, steps=12, learning_rate=1e-2, sample_every=0, report=False, distillation=OWN)
+    assert train(config, task(config))[0] == 0
+    records = [record for record in read_metrics(config.output) if "validation/target_loss" in record]
+    losses = [name for name in records[0] if name.endswith("_loss")]
+    assert len(losses) == 2
+    for name in losses:
+        assert records[-1][name] < records[0][name]
+    assert records[-1]["validation/distillation"] >= 0
+    run = load_run(config.output)
+    result = spec_jax.base_decoding(
+        run.target,
+        np.array([list(b"alpha")]),
+        max_new_tokens=20,
+        key=jax.random.key(0),
+        sampling=spec_jax.Sampling(temperature=0.0),
+    )
+    console = Console(file=io.StringIO(), width=200)
+    assert isinstance(console.file, io.StringIO)
+    wanted = GenerateConfig(checkpoint=config.output, prompt="alpha", temperature=0.0, max_new_tokens=20)
+    assert generate(wanted, console) == 0
+    assert console.file.getvalue().startswith("alpha" + ByteText().feed(result.tokens[0].tolist(), [""] * 20).plain)
+
+
+def test_own_samples_are_the_targets():
+    """The prompt, then what plain decoding gives; another batch has other noise."""
+    target = train_draft.make_models(tiny_config_of())["target"]
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 12)))
+    samples = own_samples(target, tokens, prompt_length=5, seed=0)
+    np.testing.assert_array_equal(samples[:, :5], tokens[:, :5])
+    plain = spec_jax.base_decoding(target, np.asarray(tokens[:, :5]), max_new_tokens=7, key=key_of(tokens, 0))
+    np.testing.assert_array_equal(samples[:, 5:], plain.tokens)
+    assert (key_of(tokens, 0) != key_of(tokens[:, ::-1], 0)).all()
+    with pytest.raises(ValueError, match=r"distillation\.prompt_length must be below the 12 tokens of a row, got 12"):
+        own_samples(target, tokens, prompt_length=12, seed=0)
+
+
+def tiny_config_of() -> train_draft.TrainDraftConfig:
+    return train_draft.TrainDraftConfig(target=TARGET, draft=dataclasses.replace(TARGET, depth=1))
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_distillation_teaches_the_draft_alone(own: bool):
+    """Its gradient reaches the draft and leaves the target's as it was."""
+    plain = tiny_config_of()
+    taught = dataclasses.replace(plain, distillation=dataclasses.replace(OWN, own_samples=own, weight=3.0))
+    models, tokens = train_draft.make_models(plain), jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 12)))
+    losses = (train_draft.make_loss_fn(config) for config in (plain, taught))
+    before, after = (jax.grad(lambda models, loss=loss: loss(models, tokens)[0])(models) for loss in losses)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), before["target"], after["target"])
+    moved = jax.tree.leaves(jax.tree.map(lambda x, y: float(abs(x - y).max()), before["draft"], after["draft"]))
+    assert min(moved) > 1e-6
+
+
+def test_layer_search():
+    """The whole model is always accepted; the acceptance of a set is that of the drafter which skips it."""
+    target = spec_jax.Decoder(DecoderConfig(dim=16, depth=3, heads=1, dim_head=16), rngs=nnx.Rngs(0))
+    tokens = np.random.default_rng(0).integers(0, 256, (2, 10)).astype(np.int32)
+    assert float(search_layer_skip.acceptance(target, tokens, np.ones((3, 2), bool))) == pytest.approx(1, abs=1e-5)
+    way = search_layer_skip.search(target, [tokens], max_gamma=4, scoring_cost=1.5)
+    assert [len(found.skip_attention) + len(found.skip_feed_forward) for found in way] == [1, 2, 3, 4, 5]
+    for found in way:
+        draft, _ = target.without(
+            jnp.asarray(tokens), None, attention=found.skip_attention, feed_forward=found.skip_feed_forward
+        )
+        both = [jax.nn.softmax(logits) for logits in (draft, target(jnp.asarray(tokens)).logits)]
+        assert found.acceptance == pytest.approx(float(jnp.minimum(*both).sum(-1).mean()), abs=1e-5)
+        assert 0 < found.draft_cost < 1
+    assert [found.draft_cost for found in way] == sorted((found.draft_cost for found in way), reverse=True)
+
+
+def test_layer_search_is_found_by_generate(tmp_path, capsys):
+    config = tiny_config(tmp_path, steps=4, report=False, sample_every=0)
+    train(config)
+    arguments = ["--checkpoint", str(config.output), "--data", config.data, "--sequence-length", "16"]
+    assert search_layer_skip.main(arguments) == 0
+    best = json.loads((config.output / "layer_skip.json").read_text())["best"]
+    drafter = load_run(config.output).drafter("layer-skip", 3)
+    assert isinstance(drafter, spec_jax.LayerSkip)
+    assert list(drafter.skip_feed_forward) == best["skip_feed_forward"]
+    console = Console(file=io.StringIO(), width=200)
+    generate(GenerateConfig(checkpoint=config.output, prompt="a", drafter="layer-skip", max_new_tokens=4), console)
+
+
+@pytest.mark.slow
+def test_all_strategies_are_compared(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """From training to table, JSON and figure; a second start trains nothing again."""
+    changes: dict[str, Any] = {"prompt_length": 16, "steps": 2, "checkpoint_every": 2}
+    for module, config in (
+        (train_draft, tiny_config(tmp_path, **changes)),
+        (train_early_exit, early_exit_config(tmp_path, **changes)),
+        (train_prophet, prophet_config(tmp_path, **changes)),
+    ):
+        monkeypatch.setitem(module.PRESETS, "cpu", ("tiny", config))
+    output = tmp_path / "strategies"
+    arguments = ["--output", str(output), "--gammas", "1", "2", "--batches", "1", "2", "--repeats", "1"]
+    arguments += ["--generate-length", "8", "--temperatures", "1"]
+    assert compare_strategies.main(arguments) == 0
+    rows = json.loads((output / "strategies.json").read_text())["rows"]
+    places = {(row["strategy"], row["text"], row["batch"], row["gamma"]) for row in rows}
+    names = ("small draft", "early exit", "prophet", "n-gram", "layer skip")
+    assert places >= {(n, text, b, g) for n in names for text in ("code", "prose") for b in (1, 2) for g in (1, 2)}
+    assert {row["text"] for row in rows} == {"code", "prose", "repetitive", "noise"}
+    assert (output / "strategies.png").read_bytes().startswith(b"\x89PNG")
+    trained = (output / "prophet" / "metrics.jsonl").stat().st_mtime_ns
+    config = compare_strategies.CompareConfig(output=output)
+    compare_strategies.train_all(config, Console(file=io.StringIO()))
+    assert (output / "prophet" / "metrics.jsonl").stat().st_mtime_ns == trained
+
+
+def test_prose_and_code_are_told_apart():
+    code, prose = b"x[i] = {(a+b)*c};\n#%$@ 01234_56789|==>>", b"the quick brown fox jumps over the lazy dog, and"
+    split = np.frombuffer((code * 40 + prose * 40) * 20, np.uint8)
+    for kind, share in (("code", 0.5), ("prose", 0.95)):
+        rows = compare_strategies.prompts_of(split, kind, count=6, length=32)
+        assert rows.shape == (6, 32)
+        found = compare_strategies.PROSE[rows].mean(axis=1)
+        assert ((found < share) if kind == "code" else (found > share)).all()
+
+
+@pytest.mark.slow
+def test_prophets_effect_is_compared(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """The three ways start from the same target; without the prophet's loss the target learns as if it were alone."""
+    monkeypatch.setitem(train_prophet.PRESETS, "cpu", ("tiny", prophet_config(tmp_path)))
+    output = tmp_path / "effect"
+    arguments = ["--output", str(output), "--seeds", "2", "--steps", "4", "--dim", "64", "--depth", "1"]
+    assert compare_prophet_training.main([*arguments, "--validate-every", "2"]) == 0
+    curves = json.loads((output / "prophet_effect.json").read_text())["curves"]
+    assert {len(runs) for runs in curves.values()} == {2}
+    assert [step for step, _ in curves["prophet"][0]] == [2, 4]
+    assert curves["prophet"][0] != curves["target alone"][0]
+    assert (output / "prophet_effect.png").exists()
+
+
+def test_the_target_does_not_depend_on_the_prophet():
+    first = train_prophet.make_models(train_prophet.TrainProphetConfig(target=TARGET, prophet=TARGET))["pair"]
+    other = dataclasses.replace(TARGET, depth=1, dim=8)
+    second = train_prophet.make_models(train_prophet.TrainProphetConfig(target=TARGET, prophet=other))["pair"]
+    assert isinstance(first, ModelWithProphet)
+    jax.tree.map(np.testing.assert_array_equal, first.target, second.target)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: train_early_exit.TrainEarlyExitConfig(target=TARGET), "target.early_exit_layer must be a layer, got"),
+        (lambda: train_early_exit.TrainEarlyExitConfig(early_exit_loss_weight=-1.0), "early_exit_loss_weight must be"),
+        (lambda: train_prophet.TrainProphetConfig(prophet_train_length=2), "prophet_train_length must be above num_l"),
+        (lambda: train_prophet.TrainProphetConfig(prophet_loss_weight=float("nan")), "prophet_loss_weight must be at"),
+        (
+            lambda: train_prophet.TrainProphetConfig(prophet=dataclasses.replace(TARGET, vocab_size=300)),
+            "target.vocab_size and prophet.vocab_size must be the same, got 256 and 300",
+        ),
+        (lambda: DistillationConfig(weight=-0.1), "distillation.weight must be at least 0, got -0.1"),
+        (lambda: DistillationConfig(prompt_length=0), "distillation.prompt_length must be at least 1, got 0"),
+        (lambda: compare_strategies.CompareConfig(preset="gpu"), "preset must be one of cpu, enwik8, got 'gpu'"),
+        (lambda: compare_strategies.CompareConfig(gammas=()), "gammas must have at least one value"),
+        (lambda: compare_prophet_training.CompareConfig(seeds=1), "seeds must be at least 2, got 1"),
+    ],
+)  # fmt: skip
+def test_bad_input(make: Any, message: str):
+    with pytest.raises(ValueError, match=message):
+        make()
