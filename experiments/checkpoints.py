@@ -186,12 +186,13 @@ def open_run(run: pathlib.Path) -> Checkpoints:
     return checkpoints
 
 
-def newest_step(output: pathlib.Path) -> int | None:
-    """The step of a run's newest checkpoint, or None where there is none yet."""
+def newest(output: pathlib.Path) -> tuple[int, dict[str, Any]] | None:
+    """Step and configuration of a run's newest checkpoint, or None where there is none yet."""
     if not (output / FOLDER).is_dir():
         return None
     with Checkpoints(output, read_only=True) as checkpoints:
-        return checkpoints.latest
+        step = checkpoints.latest
+        return None if step is None else (step, checkpoints.configuration(step))
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:

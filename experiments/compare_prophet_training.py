@@ -20,12 +20,11 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import train_prophet
-from experiments.checkpoints import newest_step
 from experiments.figures import Panel, save_panels
 from experiments.metrics import read_metrics
 from experiments.report import machine
 from experiments.runtime import exit_with
-from experiments.session import run
+from experiments.session import finish
 from spec_jax import DecoderConfig
 from spec_jax.losses import bits_per_byte
 
@@ -83,11 +82,8 @@ def configuration(config: CompareConfig, way: str, seed: int) -> train_prophet.T
 def curve(config: CompareConfig, way: str, seed: int, console: Console) -> list[tuple[float, float]]:
     """(step, bits per byte of the target on validation text), after training where it is not done yet."""
     chosen = configuration(config, way, seed)
-    done = newest_step(chosen.output)
-    if done != config.steps:
-        chosen = dataclasses.replace(chosen, resume=done is not None, overwrite=done is None)
-        if code := run(chosen, train_prophet.task(chosen), console):
-            raise SystemExit(code)
+    if code := finish(chosen, train_prophet.task(chosen), console):
+        raise SystemExit(code)
     name = "validation/target_loss"
     return [(r["step"], bits_per_byte(r[name])) for r in read_metrics(chosen.output) if name in r]
 

@@ -22,7 +22,6 @@ from rich.table import Table
 
 import spec_jax
 from experiments import search_layer_skip, train_draft, train_early_exit, train_prophet
-from experiments.checkpoints import newest_step
 from experiments.data import load_text, validation_batches
 from experiments.decoding_run import DecodingRunConfig
 from experiments.figures import Panel, save_panels
@@ -30,7 +29,7 @@ from experiments.generate import load_run
 from experiments.measure import PLAIN, Measurement, measure_costs, measure_decoding
 from experiments.report import machine
 from experiments.runtime import exit_with, use_compilation_cache
-from experiments.session import Task, run
+from experiments.session import Task, finish
 
 DRAFT, EXIT, PROPHET, NGRAM, SKIP = "small draft", "early exit", "prophet", "n-gram", "layer skip"
 TRAINED: dict[str, tuple[Any, Callable[[Any], Task]]] = {
@@ -72,6 +71,14 @@ class CompareConfig:
         for name in ("gammas", "batches", "temperatures"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must have at least one value, got ()")
+        for name, least in (("gammas", 1), ("batches", 1), ("temperatures", 0)):
+            if min(values := getattr(self, name)) < least:
+                raise ValueError(f"{name} must be at least {least}, got {values}")
+        for name in ("repeats", "generate_length"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,15 +107,10 @@ def train_all(config: CompareConfig, console: Console) -> DecodingRunConfig:
     for name, (presets, task) in TRAINED.items():
         preset = presets[config.preset][1]
         folder = config.output / name.replace(" ", "_")
-        steps = config.steps or preset.steps
+        steps = preset.steps if config.steps is None else config.steps
         changed = dataclasses.replace(preset, output=folder, steps=steps, report=False, sample_every=0)
         configs[name] = changed
-        done = newest_step(folder)
-        if done == steps:
-            console.print(f"{name}: trained already, {folder}")
-            continue
-        changed = dataclasses.replace(changed, resume=done is not None, overwrite=done is None)
-        if code := run(changed, task(changed), console):
+        if code := finish(changed, task(changed), console):
             raise SystemExit(code)
     return configs[DRAFT]
 

@@ -17,10 +17,13 @@ from spec_jax.drafters.plain import Plain
 class DistillationConfig:
     """How a draft learns from its target, beside learning from the text (DistillSpec, Zhou 2310.08461).
 
+    The divergence gives the target's logits no gradient. An exit or a prophet that is not detached still reaches the
+    target through the hidden states it reads, as its other loss does.
+
     Attributes:
       weight: of the forward KL divergence from the target in the draft's loss; 0 is none.
-      own_samples: distil on what the target writes itself, and not on the text.
-      prompt_length: bytes of text that such a sample starts from.
+      own_samples: distil on the target's own continuations of the text, not on the text.
+      prompt_length: bytes of text that such a sample starts with; they count too.
     """
 
     weight: float = 0.0
@@ -32,6 +35,16 @@ class DistillationConfig:
             raise ValueError(f"distillation.weight must be at least 0, got {self.weight}")
         if self.prompt_length < 1:
             raise ValueError(f"distillation.prompt_length must be at least 1, got {self.prompt_length}")
+        if self.own_samples and not self.weight:
+            raise ValueError("distillation.own_samples must come with a distillation.weight above 0, got 0")
+
+    def check(self, sequence_length: int) -> None:
+        """Raises ValueError where a row has no room for a sample behind its prompt."""
+        if self.own_samples and self.prompt_length > sequence_length:
+            raise ValueError(
+                f"distillation.prompt_length must be at most sequence_length = {sequence_length}, "
+                f"got {self.prompt_length}"
+            )
 
 
 def key_of(tokens_bt: jax.Array, seed: int) -> jax.Array:
@@ -40,15 +53,13 @@ def key_of(tokens_bt: jax.Array, seed: int) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), (tokens_bt.astype(jnp.uint32) * weight_t[None, :]).sum())
 
 
-def own_samples(target: Any, tokens_bt: jax.Array, *, prompt_length: int, seed: int) -> jax.Array:
+def own_samples(config: DistillationConfig, target: Any, tokens_bt: jax.Array, seed: int) -> jax.Array:
     """(B, T) tokens: the first `prompt_length` of each row, then the target's own continuation at temperature 1.
 
     Traced: it is part of the training step. No gradient goes through it.
     """
     batch, width = tokens_bt.shape
-    new = width - prompt_length
-    if new < 1:
-        raise ValueError(f"distillation.prompt_length must be below the {width} tokens of a row, got {prompt_length}")
+    prompt_length, new = config.prompt_length, width - config.prompt_length
     request = loop.Request(
         key=key_of(tokens_bt, seed),
         row_ids_b=jnp.arange(batch, dtype=jnp.uint32),
@@ -70,10 +81,3 @@ def own_samples(target: Any, tokens_bt: jax.Array, *, prompt_length: int, seed: 
         width=new,
     )
     return jnp.concatenate((prompt_bp, result.tokens), axis=1)
-
-
-def distillation_tokens(config: DistillationConfig, target: Any, tokens_bt: jax.Array, seed: int) -> jax.Array:
-    """(B, T) tokens to distil on."""
-    if not config.own_samples:
-        return tokens_bt
-    return own_samples(target, tokens_bt, prompt_length=config.prompt_length, seed=seed)

@@ -84,24 +84,31 @@ def alternate(
 
 
 def leviathan_speedup(
-    acceptance: float, gamma: int, *, draft_cost: float, scoring_cost: float = 1.0, drafting_rate: float = 1.0
+    acceptance: float,
+    gamma: int,
+    *,
+    draft_cost: float,
+    scoring_cost: float = 1.0,
+    drafting_rate: float = 1.0,
+    batch: int = 1,
 ) -> float:
     """The speed-up expected of gamma drafted tokens a round (2211.17192, theorem 3.8).
 
     (1 − α^(γ+1)) / ((1 − α)(γ·c + s)), with the scoring cost s that the paper takes as 1. It assumes that every
-    drafted token is kept with the same chance α, whatever came before. Where only a fraction of the rounds drafts
-    anything, the others emit one token for one plain step, beside the drafting cost.
+    drafted token is kept with the same chance α, whatever came before. A row that drafts in a fraction of its rounds
+    gets one token in the others; a round in which no row drafts costs one plain step, rows being taken as independent.
 
     Args:
       acceptance: α in [0, 1].
       gamma: γ, tokens drafted a round.
       draft_cost: c, the time to draft a token in forwards of the target over one token.
       scoring_cost: s, the time to score γ + 1 tokens in the same unit.
-      drafting_rate: fraction of the rounds in which something is drafted.
+      drafting_rate: fraction of its rounds in which a row drafts anything.
+      batch: rows decoded at once.
     """
     tokens = float(sum(acceptance**kept for kept in range(gamma + 1)))
-    idle = 1 - drafting_rate
-    return (drafting_rate * tokens + idle) / (gamma * draft_cost + drafting_rate * scoring_cost + idle)
+    idle, all_idle = 1 - drafting_rate, (1 - drafting_rate) ** batch
+    return (drafting_rate * tokens + idle) / (gamma * draft_cost + (1 - all_idle) * scoring_cost + all_idle)
 
 
 def measure_decoding(
@@ -213,5 +220,6 @@ def _measurement(
             draft_cost=draft_cost,
             scoring_cost=scoring_cost,
             drafting_rate=drafting_rate,
+            batch=results[0].tokens.shape[0],
         ),
     )

@@ -86,7 +86,10 @@ class Found:
 
 @jax.jit
 def acceptance(target: spec_jax.Decoder, tokens_bt: jax.Array, keep_l2: jax.Array) -> jax.Array:
-    """() float32, the mean over positions of Σ_x min(p(x), q(x)): how often a token drafted there would be kept.
+    """() float32, the mean over positions of Σ_x min(p(x), q(x)), the draft being thinned at every position.
+
+    Lower than what drafting meets: there only the positions of the round itself are thinned, and all before them have
+    the whole model's keys and values. It serves to rank sets in one forward each.
 
     Args:
       target: the model.

@@ -10,8 +10,8 @@ import jax
 from jax.experimental import multihost_utils
 from rich.console import Console
 
-from experiments.checkpoints import Checkpoints, open_run
-from experiments.config import RunConfig, as_json
+from experiments.checkpoints import Checkpoints, newest, open_run
+from experiments.config import RunConfig, as_json, differences
 from experiments.data import Text, load_text
 from experiments.metrics import Metrics
 from experiments.output import prepare_output
@@ -98,6 +98,25 @@ def run(config: RunConfig, task: Task, console: Console | None = None) -> int:
         task.on_report(local_copy(state.models), text, console, configuration)
     _wait_for_all("report")
     return 0
+
+
+def finish(config: RunConfig, task: Task, console: Console) -> int:
+    """`run`, from the last checkpoint on where the output folder holds one, and not at all where that is the end.
+
+    Raises:
+      ValueError: the folder holds a run of another configuration.
+    """
+    found = newest(config.output)
+    if found is None:
+        return run(dataclasses.replace(config, overwrite=True), task, console)
+    step, configuration = found
+    wanted = {"kind": task.kind, "text": configuration.get("text"), **as_json(config)}
+    if different := differences(configuration, wanted):
+        raise ValueError(f"output must hold this run or none, got {config.output} with {'; '.join(different)}")
+    if step == config.steps:
+        console.print(f"{task.kind} in {config.output}: trained already")
+        return 0
+    return run(dataclasses.replace(config, resume=True), task, console)
 
 
 def _train(job: Job, task: Task, console: Console, stop: StopRequest) -> TrainState:

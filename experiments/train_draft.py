@@ -19,7 +19,7 @@ from flax import nnx
 
 import spec_jax
 from experiments.decoding_run import DecodingRunConfig, Strategy, decoding_task
-from experiments.distillation import DistillationConfig, distillation_tokens
+from experiments.distillation import DistillationConfig, own_samples
 from experiments.runtime import exit_with
 from experiments.session import Task, run
 from experiments.train_state import LossFn, Models
@@ -52,6 +52,7 @@ class TrainDraftConfig(DecodingRunConfig):
                 "target.vocab_size and draft.vocab_size must be the same, "
                 f"got {self.target.vocab_size} and {self.draft.vocab_size}"
             )
+        self.distillation.check(self.sequence_length)
 
 
 PRESETS: dict[str, tuple[str, TrainDraftConfig]] = {
@@ -121,9 +122,9 @@ def make_loss_fn(config: TrainDraftConfig) -> LossFn:
         losses = {f"{name}_loss": next_token_loss(logits[name], tokens_bt[:, 1:]) for name in models}
         total = losses["target_loss"] + losses["draft_loss"]
         if distillation.weight:
-            taught_bt = distillation_tokens(distillation, models["target"], tokens_bt, config.seed)[:, :-1]
             if distillation.own_samples:
-                logits = {name: model(taught_bt).logits for name, model in models.items()}
+                samples_bt = own_samples(distillation, models["target"], tokens_bt, config.seed)
+                logits = {name: model(samples_bt[:, :-1]).logits for name, model in models.items()}
             losses["distillation"] = distillation_loss(logits["draft"], logits["target"])
             total = total + distillation.weight * losses["distillation"]
         return total, losses

@@ -20,7 +20,7 @@ from flax import nnx
 import spec_jax
 from experiments import train_draft
 from experiments.decoding_run import DecodingRunConfig, Strategy, decoding_task, shared_fields
-from experiments.distillation import DistillationConfig, distillation_tokens, key_of
+from experiments.distillation import DistillationConfig, key_of, own_samples
 from experiments.runtime import exit_with
 from experiments.session import Task, run
 from experiments.train_state import LossFn, Models
@@ -53,6 +53,7 @@ class TrainEarlyExitConfig(DecodingRunConfig):
             raise ValueError("target.early_exit_layer must be a layer, got None")
         if not self.early_exit_loss_weight >= 0:
             raise ValueError(f"early_exit_loss_weight must be at least 0, got {self.early_exit_loss_weight}")
+        self.distillation.check(self.sequence_length)
 
 
 def _preset(name: str, *, layer: int, output: str) -> TrainEarlyExitConfig:
@@ -87,12 +88,11 @@ def models_of(configuration: Mapping[str, Any]) -> dict[str, spec_jax.Decoder]:
 
 def make_loss_fn(config: TrainEarlyExitConfig) -> LossFn:
     """The head's loss and the weighted loss of the exit."""
-    distillation, distance = config.distillation, max(config.gamma, 1)
+    distillation = config.distillation
 
     def loss_fn(models: Models, tokens_bt: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         def both_logits(read_bt: jax.Array) -> tuple[jax.Array, jax.Array]:
-            key = key_of(read_bt, config.seed)
-            return early_exit_logits(models["target"], read_bt, recycling_distance=distance, key=key)
+            return early_exit_logits(models["target"], read_bt, key=key_of(read_bt, config.seed))
 
         logits, exit_logits = both_logits(tokens_bt[:, :-1])
         losses = {
@@ -102,8 +102,8 @@ def make_loss_fn(config: TrainEarlyExitConfig) -> LossFn:
         total = losses["target_loss"] + config.early_exit_loss_weight * losses["early_exit_loss"]
         if distillation.weight:
             if distillation.own_samples:
-                taught_bt = distillation_tokens(distillation, models["target"], tokens_bt, config.seed)
-                logits, exit_logits = both_logits(taught_bt[:, :-1])
+                samples_bt = own_samples(distillation, models["target"], tokens_bt, config.seed)
+                logits, exit_logits = both_logits(samples_bt[:, :-1])
             losses["distillation"] = distillation_loss(exit_logits, logits)
             total = total + distillation.weight * losses["distillation"]
         return total, losses

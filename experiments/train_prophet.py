@@ -25,12 +25,13 @@ from experiments.runtime import exit_with
 from experiments.session import Task, run
 from experiments.train_state import LossFn, Models
 from spec_jax.losses import prophet_distillation_loss, prophet_losses
+from spec_jax.prophet import ProphetModel
 
 KIND = "train_prophet"
 STRATEGY = Strategy(
     label="prophet",
-    target=lambda models: models["pair"].target,
-    drafter=lambda models, gamma: spec_jax.Prophet(models["pair"], gamma=gamma),
+    target=lambda models: models["target"],
+    drafter=lambda models, gamma: spec_jax.Prophet(models["prophet"], gamma=gamma),
 )
 
 
@@ -68,6 +69,7 @@ class TrainProphetConfig(DecodingRunConfig):
                 "prophet_train_length must be above num_leading_start_tokens and at most sequence_length + 1, got "
                 f"{self.prophet_train_length} with {self.num_leading_start_tokens} and {self.sequence_length}"
             )
+        self.distillation.check(self.sequence_length)
 
 
 def _preset(name: str, *, output: str, prophet_train_length: int) -> TrainProphetConfig:
@@ -94,23 +96,20 @@ PRESETS: dict[str, tuple[str, TrainProphetConfig]] = {
 }
 
 
-def make_models(config: TrainProphetConfig) -> dict[str, spec_jax.ModelWithProphet]:
-    """Target and prophet with fresh weights. The target's do not depend on the prophet."""
+def make_models(config: TrainProphetConfig) -> dict[str, Any]:
+    """Target and prophet with fresh weights, two models to the optimiser: neither's clipping depends on the other."""
     target_seed, prophet_seed = jax.random.split(jax.random.key(config.seed))
-    target = spec_jax.Decoder(config.target, rngs=nnx.Rngs(target_seed))
     rngs = nnx.Rngs(prophet_seed)
-    pair = spec_jax.ModelWithProphet(
-        target,
+    prophet = ProphetModel(
         spec_jax.Decoder(config.prophet, rngs=rngs),
-        prophet_train_length=config.prophet_train_length,
+        target_dim=config.target.dim,
         num_leading_start_tokens=config.num_leading_start_tokens,
-        detach_target_hiddens=config.detach_target_hiddens,
         rngs=rngs,
     )
-    return {"pair": pair}
+    return {"target": spec_jax.Decoder(config.target, rngs=nnx.Rngs(target_seed)), "prophet": prophet}
 
 
-def models_of(configuration: Mapping[str, Any]) -> dict[str, spec_jax.ModelWithProphet]:
+def models_of(configuration: Mapping[str, Any]) -> dict[str, Any]:
     """The pair that a checkpoint's configuration describes, with fresh weights."""
     names = ("prophet_train_length", "num_leading_start_tokens", "detach_target_hiddens", "sequence_length")
     target, prophet = (spec_jax.DecoderConfig(**configuration[name]) for name in ("target", "prophet"))
@@ -123,17 +122,19 @@ def make_loss_fn(config: TrainProphetConfig) -> LossFn:
     distillation = config.distillation
 
     def loss_fn(models: Models, tokens_bt: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        pair = models["pair"]
+        pair = spec_jax.ModelWithProphet(
+            models["target"],
+            models["prophet"],
+            prophet_train_length=config.prophet_train_length,
+            detach_target_hiddens=config.detach_target_hiddens,
+        )
         output = pair(tokens_bt)
         target_loss, prophet_loss = prophet_losses(pair, output, tokens_bt)
         losses = {"target_loss": target_loss, "prophet_loss": prophet_loss}
         total = target_loss + config.prophet_loss_weight * prophet_loss
         if distillation.weight:
             if distillation.own_samples:
-                samples_bt = own_samples(
-                    pair.target, tokens_bt, prompt_length=distillation.prompt_length, seed=config.seed
-                )
-                output = pair(samples_bt)
+                output = pair(own_samples(distillation, pair.target, tokens_bt, config.seed))
             losses["distillation"] = prophet_distillation_loss(pair, output)
             total = total + distillation.weight * losses["distillation"]
         return total, losses

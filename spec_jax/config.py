@@ -24,8 +24,8 @@ class DecoderConfig:
       early_exit_layer: blocks before the early exit, a branch with logits of its own; None is no exit.
       early_exit_extra_blocks: blocks that only the exit has, between the trunk and its head.
       detach_early_exit_hiddens: whether the exit's gradient stops at the trunk.
-      early_exit_recycling: whether the exit also sees the trunk's last hidden state of an earlier position: the newest
-        one that is there when a draft begins.
+      early_exit_recycling: longest draft for which the exit also sees the trunk's last hidden state of an earlier
+        position, the newest one that is there when a draft begins; 0 is no recycling.
     """
 
     vocab_size: int = 256
@@ -41,7 +41,7 @@ class DecoderConfig:
     early_exit_layer: int | None = None
     early_exit_extra_blocks: int = 0
     detach_early_exit_hiddens: bool = False
-    early_exit_recycling: bool = False
+    early_exit_recycling: int = 0
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "depth", "heads", "dim_head", "ff_mult", "num_kv_heads"):
@@ -55,8 +55,9 @@ class DecoderConfig:
             raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {self.dtype!r}")
         if self.early_exit_layer is not None and not 1 <= self.early_exit_layer < self.depth:
             raise ValueError(f"early_exit_layer must be in [1, depth = {self.depth}), got {self.early_exit_layer}")
-        if self.early_exit_extra_blocks < 0:
-            raise ValueError(f"early_exit_extra_blocks must be at least 0, got {self.early_exit_extra_blocks}")
+        for name in ("early_exit_extra_blocks", "early_exit_recycling"):
+            if (value := getattr(self, name)) < 0:
+                raise ValueError(f"{name} must be at least 0, got {value}")
         if self.early_exit_layer is None:
             for name in ("early_exit_extra_blocks", "detach_early_exit_hiddens", "early_exit_recycling"):
                 if value := getattr(self, name):

@@ -120,6 +120,9 @@ def decode_round(
     choose = _chooser(request, sequence, drafter.gamma, target.vocab_size, position_noise_btv)
     cache = state.target_cache.with_length(sequence.length_b - 1)
     proposal = drafter.propose(target, sequence, cache, state.drafter_state, choose)
+    # Finished rows draft nothing: a strategy that scores less where no row has drafted does not wait for them.
+    count_b = jnp.where(state.done_b, 0, proposal.draft.count_b)
+    proposal = dataclasses.replace(proposal, draft=dataclasses.replace(proposal.draft, count_b=count_b))
     window_bt = jnp.concatenate((sequence.last_b1, proposal.draft.tokens_bj), axis=1)
     scored = drafter.score(target, proposal, window_bt)
     target_log_probs_btv = filtered_log_probs(scored.logits, request.sampling)

@@ -46,9 +46,7 @@ def next_token_loss(logits_btv: jax.Array, next_tokens_bt: jax.Array, *, mask_bt
     return surprise_bt.sum() / jnp.maximum(mask_bt.sum(), 1)
 
 
-def distillation_loss(
-    draft_logits_btv: jax.Array, target_logits_btv: jax.Array, *, mask_bt: jax.Array | None = None
-) -> jax.Array:
+def distillation_loss(draft_logits_btv: jax.Array, target_logits_btv: jax.Array) -> jax.Array:
     """Mean forward KL divergence of the draft from the target, KL(target ‖ draft), over the whole vocabulary.
 
     Least where the draft has the target's distribution, and it bounds how often its tokens are refused: the
@@ -58,10 +56,9 @@ def distillation_loss(
     Args:
       draft_logits_btv: (B, T, V), of any draft model.
       target_logits_btv: (B, T, V), of the target at the same positions; no gradient goes there.
-      mask_bt: (B, T) booleans, or None: positions that are False do not count.
 
     Returns:
-      () float32, nats per counted token.
+      () float32, nats per token.
 
     Raises:
       ValueError: shapes that do not go together.
@@ -74,27 +71,21 @@ def distillation_loss(
     target_log_probs_btv = jax.nn.log_softmax(jax.lax.stop_gradient(target_logits_btv).astype(jnp.float32), axis=-1)
     draft_log_probs_btv = jax.nn.log_softmax(draft_logits_btv.astype(jnp.float32), axis=-1)
     difference_btv = target_log_probs_btv - draft_log_probs_btv
-    divergence_bt = (jnp.exp(target_log_probs_btv) * difference_btv).sum(-1)
-    if mask_bt is None:
-        return divergence_bt.mean()
-    if mask_bt.shape != divergence_bt.shape or mask_bt.dtype != jnp.bool_:
-        raise ValueError(f"mask must be {divergence_bt.shape} booleans, got {mask_bt.shape} {mask_bt.dtype}")
-    return jnp.where(mask_bt, divergence_bt, 0.0).sum() / jnp.maximum(mask_bt.sum(), 1)
+    return (jnp.exp(target_log_probs_btv) * difference_btv).sum(-1).mean()
 
 
 def early_exit_logits(
-    decoder: Decoder, tokens_bt: jax.Array, *, recycling_distance: int = 5, key: jax.Array | None = None
+    decoder: Decoder, tokens_bt: jax.Array, *, key: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Both logits of a decoder with an early exit, from one forward.
 
     An exit with recycling sees at each position the trunk's last hidden state at an earlier one, as in drafting,
-    where the newest that is there lies 1 to gamma positions back: rounds of `recycling_distance` positions are laid
+    where the newest that is there lies 1 to gamma positions back: rounds of `early_exit_recycling` positions are laid
     over each row, from a random place on.
 
     Args:
       decoder: with `early_exit_layer`.
       tokens_bt: (B, T) integers.
-      recycling_distance: the gamma to train for; used with recycling only.
       key: for the place of the rounds; needed with recycling only.
 
     Returns:
@@ -107,13 +98,13 @@ def early_exit_logits(
         raise ValueError("decoder must have early_exit_layer for an early-exit loss, got None")
     output = decoder(tokens_bt)
     recycled_btd = None
-    if decoder.config.early_exit_recycling:
+    if distance := decoder.config.early_exit_recycling:
         if key is None:
             raise ValueError("key must be given for an exit with early_exit_recycling, got None")
         batch, positions = tokens_bt.shape
-        phase_b1 = jax.random.randint(key, (batch, 1), 0, recycling_distance)
+        phase_b1 = jax.random.randint(key, (batch, 1), 0, distance)
         source_bt = jnp.arange(positions)[None, :] - 1
-        source_bt = source_bt - (source_bt + phase_b1) % recycling_distance
+        source_bt = source_bt - (source_bt + phase_b1) % distance
         recycled_btd = jnp.take_along_axis(output.hidden, jnp.maximum(source_bt, 0)[:, :, None], axis=1)
         recycled_btd = jnp.where(source_bt[:, :, None] < 0, 0, recycled_btd)
     return output.logits, decoder.early_exit(output.early_hidden, None, recycled_btd)[0]

@@ -62,6 +62,9 @@ class PairOutput:
 class ModelWithProphet(nnx.Module):
     """A target and its prophet, trained together.
 
+    Made from a target and a small decoder, or, for an optimiser that keeps the two apart, from a target and a
+    `ProphetModel`, whose `num_leading_start_tokens` then counts.
+
     Attributes:
       target: the model.
       prophet: what drafts for it.
@@ -73,24 +76,28 @@ class ModelWithProphet(nnx.Module):
     def __init__(
         self,
         target: Decoder,
-        prophet: Decoder,
+        prophet: Decoder | ProphetModel,
         *,
         prophet_train_length: int = 8,
         num_leading_start_tokens: int = 1,
         detach_target_hiddens: bool = False,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None = None,
     ) -> None:
-        if prophet.vocab_size != target.vocab_size:
-            raise ValueError(f"prophet must have the target's {target.vocab_size} tokens, got {prophet.vocab_size}")
+        if not isinstance(prophet, ProphetModel):
+            if rngs is None:
+                raise ValueError("rngs must be given with a Decoder as prophet, got None")
+            starts = num_leading_start_tokens
+            prophet = ProphetModel(prophet, target_dim=target.config.dim, num_leading_start_tokens=starts, rngs=rngs)
+        num_leading_start_tokens, vocab_size = prophet.num_leading_start_tokens, prophet.decoder.vocab_size
+        if vocab_size != target.vocab_size:
+            raise ValueError(f"prophet must have the target's {target.vocab_size} tokens, got {vocab_size}")
         if prophet_train_length <= num_leading_start_tokens:
             raise ValueError(
                 f"prophet_train_length must be above num_leading_start_tokens = {num_leading_start_tokens}, "
                 f"got {prophet_train_length}"
             )
         self.target = target
-        self.prophet = ProphetModel(
-            prophet, target_dim=target.config.dim, num_leading_start_tokens=num_leading_start_tokens, rngs=rngs
-        )
+        self.prophet = prophet
         self.prophet_train_length = prophet_train_length
         self.detach_target_hiddens = detach_target_hiddens
 

@@ -142,7 +142,7 @@ class Drafter(abc.ABC):
     def propose(
         self, target: LanguageModel, sequence: Sequence, target_cache: Any, state: Any, choose: Choose
     ) -> Proposal:
-        """Up to gamma tokens behind each row's last known one, each drawn with `choose`."""
+        """Up to gamma tokens behind each row's last known one, each drawn with `choose`, or with probability 1."""
 
     def score(self, target: LanguageModel, proposal: Proposal, window_bt: jax.Array) -> Output:
         """The target's forward over `window_bt` (B, gamma + 1): the last known token, then the draft."""

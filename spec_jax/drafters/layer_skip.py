@@ -28,6 +28,10 @@ class LayerSkip(Drafter):
     skip_feed_forward: tuple[int, ...] = struct.field(pytree_node=False)
     gamma: int = struct.field(pytree_node=False, default=5)
 
+    def __post_init__(self) -> None:
+        for name in ("skip_attention", "skip_feed_forward"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
     def check(self, target: LanguageModel) -> None:
         """Raises ValueError unless the layers are the target's."""
         if not isinstance(target, Decoder):

@@ -10,7 +10,7 @@ from flax import struct
 
 from spec_jax.decoder import Decoder
 from spec_jax.drafters.base import Choose, Drafter, LanguageModel, Proposal, Sequence, stack_draft
-from spec_jax.prophet import ModelWithProphet
+from spec_jax.prophet import ModelWithProphet, ProphetModel
 
 
 @struct.dataclass
@@ -38,7 +38,9 @@ class Prophet(Drafter):
         return self.prophet.decoder.vocab_size
 
     def check(self, target: LanguageModel) -> None:
-        """Raises ValueError unless the target's hidden states are as wide as the prophet expects."""
+        """Raises ValueError unless this is a prophet, and the target's hidden states are as wide as it expects."""
+        if not isinstance(self.prophet, ProphetModel):
+            raise ValueError(f"prophet must be a ModelWithProphet or its prophet, got {type(self.prophet).__name__}")
         if not isinstance(target, Decoder):
             raise ValueError(f"target must be a Decoder for Prophet, got {type(target).__name__}")
         project, dim = self.prophet.project, target.config.dim

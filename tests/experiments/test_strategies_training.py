@@ -14,6 +14,7 @@ from rich.console import Console
 
 import spec_jax
 from experiments import (
+    compare_costs,
     compare_prophet_training,
     compare_strategies,
     search_layer_skip,
@@ -26,7 +27,7 @@ from experiments.distillation import DistillationConfig, key_of, own_samples
 from experiments.generate import GenerateConfig, generate, load_run
 from experiments.metrics import read_metrics
 from experiments.samples import ByteText
-from spec_jax import DecoderConfig, ModelWithProphet
+from spec_jax import DecoderConfig
 from tests.experiments.runs import tiny_config, train
 
 TARGET = DecoderConfig(dim=16, depth=2, heads=1, dim_head=16, ff_mult=2)
@@ -34,7 +35,7 @@ TARGET = DecoderConfig(dim=16, depth=2, heads=1, dim_head=16, ff_mult=2)
 
 def early_exit_config(folder, **changes) -> train_early_exit.TrainEarlyExitConfig:
     shared = shared_fields(tiny_config(folder), train_early_exit.TrainEarlyExitConfig)
-    target = dataclasses.replace(TARGET, early_exit_layer=1, early_exit_extra_blocks=1, early_exit_recycling=True)
+    target = dataclasses.replace(TARGET, early_exit_layer=1, early_exit_extra_blocks=1, early_exit_recycling=3)
     shared["target"] = target
     return train_early_exit.TrainEarlyExitConfig(**shared | changes)
 
@@ -79,17 +80,29 @@ def test_a_run_trains_generates_and_distils(kind: str, tmp_path):
     assert console.file.getvalue().startswith("alpha" + ByteText().feed(result.tokens[0].tolist(), [""] * 20).plain)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_resuming_continues_bit_for_bit(kind: str, tmp_path):
+    """With recycling and own samples, whose noise must be the same after a resume."""
+    make, task = KINDS[kind]
+    common: dict[str, Any] = {"sample_every": 0, "report": False, "distillation": OWN, "schedule": "constant"}
+    whole = make(tmp_path, steps=8, output=tmp_path / "whole", **common)
+    half = make(tmp_path, steps=4, output=tmp_path / "halves", **common)
+    for config in (whole, half, dataclasses.replace(half, steps=8, resume=True)):
+        assert train(config, task(config))[0] == 0
+    first, second = (load_run(config.output).models for config in (whole, half))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
 def test_own_samples_are_the_targets():
     """The prompt, then what plain decoding gives; another batch has other noise."""
     target = train_draft.make_models(tiny_config_of())["target"]
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 12)))
-    samples = own_samples(target, tokens, prompt_length=5, seed=0)
+    samples = own_samples(dataclasses.replace(OWN, prompt_length=5), target, tokens, 0)
     np.testing.assert_array_equal(samples[:, :5], tokens[:, :5])
     plain = spec_jax.base_decoding(target, np.asarray(tokens[:, :5]), max_new_tokens=7, key=key_of(tokens, 0))
     np.testing.assert_array_equal(samples[:, 5:], plain.tokens)
     assert (key_of(tokens, 0) != key_of(tokens[:, ::-1], 0)).all()
-    with pytest.raises(ValueError, match=r"distillation\.prompt_length must be below the 12 tokens of a row, got 12"):
-        own_samples(target, tokens, prompt_length=12, seed=0)
 
 
 def tiny_config_of() -> train_draft.TrainDraftConfig:
@@ -110,7 +123,7 @@ def test_distillation_teaches_the_draft_alone(own: bool):
 
 
 def test_layer_search():
-    """The whole model is always accepted; the acceptance of a set is that of the drafter which skips it."""
+    """The whole model is always accepted; the acceptance of a set is that of the model thinned everywhere."""
     target = spec_jax.Decoder(DecoderConfig(dim=16, depth=3, heads=1, dim_head=16), rngs=nnx.Rngs(0))
     tokens = np.random.default_rng(0).integers(0, 256, (2, 10)).astype(np.int32)
     assert float(search_layer_skip.acceptance(target, tokens, np.ones((3, 2), bool))) == pytest.approx(1, abs=1e-5)
@@ -177,7 +190,7 @@ def test_prose_and_code_are_told_apart():
 
 @pytest.mark.slow
 def test_prophets_effect_is_compared(tmp_path, monkeypatch: pytest.MonkeyPatch):
-    """The three ways start from the same target; without the prophet's loss the target learns as if it were alone."""
+    """A detached prophet leaves its target as it is, bit for bit; the other one does not."""
     monkeypatch.setitem(train_prophet.PRESETS, "cpu", ("tiny", prophet_config(tmp_path)))
     output = tmp_path / "effect"
     arguments = ["--output", str(output), "--seeds", "2", "--steps", "4", "--dim", "64", "--depth", "1"]
@@ -185,16 +198,16 @@ def test_prophets_effect_is_compared(tmp_path, monkeypatch: pytest.MonkeyPatch):
     curves = json.loads((output / "prophet_effect.json").read_text())["curves"]
     assert {len(runs) for runs in curves.values()} == {2}
     assert [step for step, _ in curves["prophet"][0]] == [2, 4]
+    assert curves["prophet, detached"] == curves["target alone"]
     assert curves["prophet"][0] != curves["target alone"][0]
     assert (output / "prophet_effect.png").exists()
 
 
 def test_the_target_does_not_depend_on_the_prophet():
-    first = train_prophet.make_models(train_prophet.TrainProphetConfig(target=TARGET, prophet=TARGET))["pair"]
+    first = train_prophet.make_models(train_prophet.TrainProphetConfig(target=TARGET, prophet=TARGET))
     other = dataclasses.replace(TARGET, depth=1, dim=8)
-    second = train_prophet.make_models(train_prophet.TrainProphetConfig(target=TARGET, prophet=other))["pair"]
-    assert isinstance(first, ModelWithProphet)
-    jax.tree.map(np.testing.assert_array_equal, first.target, second.target)
+    second = train_prophet.make_models(train_prophet.TrainProphetConfig(target=TARGET, prophet=other))
+    jax.tree.map(np.testing.assert_array_equal, first["target"], second["target"])
 
 
 @pytest.mark.parametrize(
@@ -209,6 +222,16 @@ def test_the_target_does_not_depend_on_the_prophet():
             "target.vocab_size and prophet.vocab_size must be the same, got 256 and 300",
         ),
         (lambda: DistillationConfig(weight=-0.1), "distillation.weight must be at least 0, got -0.1"),
+        (lambda: DistillationConfig(own_samples=True), "distillation.own_samples must come with a distillation.weight"),
+        (
+            lambda: train_draft.TrainDraftConfig(distillation=dataclasses.replace(OWN, prompt_length=300)),
+            "distillation.prompt_length must be at most sequence_length = 256, got 300",
+        ),
+        (lambda: compare_strategies.CompareConfig(gammas=(0, 1)), "gammas must be at least 1, got"),
+        (lambda: compare_strategies.CompareConfig(repeats=0), "repeats must be at least 1, got 0"),
+        (lambda: compare_strategies.CompareConfig(steps=0), "steps must be at least 1, got 0"),
+        (lambda: compare_costs.CostConfig(gammas=(0,)), "gammas must be at least 1 each"),
+        (lambda: compare_costs.CostConfig(draft_depth=6), "draft_depth must be in .1, depth = 6., got 6"),
         (lambda: DistillationConfig(prompt_length=0), "distillation.prompt_length must be at least 1, got 0"),
         (lambda: compare_strategies.CompareConfig(preset="gpu"), "preset must be one of cpu, enwik8, got 'gpu'"),
         (lambda: compare_strategies.CompareConfig(gammas=()), "gammas must have at least one value"),
@@ -218,3 +241,14 @@ def test_the_target_does_not_depend_on_the_prophet():
 def test_bad_input(make: Any, message: str):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_costs_are_compared(tmp_path):
+    output = tmp_path / "costs.json"
+    arguments = ["--dim", "32", "--depth", "2", "--gammas", "1", "2", "--repeats", "1", "--max-new-tokens", "8"]
+    assert compare_costs.main([*arguments, "--output", str(output)]) == 0
+    rows = json.loads(output.read_text())["rows"]
+    assert [(row["strategy"], row["gamma"]) for row in rows] == [
+        (name, gamma) for gamma in (1, 2) for name in ("small draft", "early exit", "prophet", "n-gram")
+    ]
+    assert all(row["draft_cost"] > 0 and row["scoring_cost"] > 0 for row in rows)

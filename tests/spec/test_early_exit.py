@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from spec_jax import Decoder, DecoderConfig, EarlyExit
-from spec_jax.drafters.base import Proposal
+from spec_jax.drafters.base import Proposal, Sequence
+from spec_jax.drafters.early_exit import EarlyExitState
 from spec_jax.losses import early_exit_logits, next_token_loss
 from spec_jax.verification import Draft
 from tests.spec.transformers import CONFIG, transformer
@@ -40,7 +41,7 @@ def test_halves_make_a_forward():
 
 @pytest.mark.parametrize("detach", [False, True])
 def test_detaching_stops_the_exit_loss_at_the_trunk(detach: bool):
-    changed = {"early_exit_extra_blocks": 1, "detach_early_exit_hiddens": detach, "early_exit_recycling": True}
+    changed = {"early_exit_extra_blocks": 1, "detach_early_exit_hiddens": detach, "early_exit_recycling": 5}
     decoder = transformer(0, dataclasses.replace(EXIT, **changed))
 
     def exit_loss(decoder: Decoder) -> jax.Array:
@@ -60,7 +61,7 @@ def test_detaching_stops_the_exit_loss_at_the_trunk(detach: bool):
 
 def test_recycling_sees_the_newest_state_a_round_can_have():
     """Rounds of 4 positions: each sees the trunk's last hidden state just before the round, and nothing later."""
-    decoder = transformer(0, dataclasses.replace(EXIT, early_exit_recycling=True))
+    decoder = transformer(0, dataclasses.replace(EXIT, early_exit_recycling=4))
     seen = jax.jacfwd(lambda scale: _recycled(decoder, scale))(jnp.ones(12))
     # seen[t, s]: how the exit's logits at t move with the final hidden state at s.
     source_t = [np.flatnonzero(np.abs(row) > 1e-6).tolist() for row in seen]
@@ -82,7 +83,7 @@ def _recycled(decoder: Decoder, scale: jax.Array) -> jax.Array:
             output = decoder(tokens_bt)
             return dataclasses.replace(output, hidden=output.hidden * scale[None, :, None])
 
-    logits = early_exit_logits(Scaled(), TOKENS[:1], recycling_distance=4, key=jax.random.key(1))[1]  # pyright: ignore
+    logits = early_exit_logits(Scaled(), TOKENS[:1], key=jax.random.key(1))[1]  # pyright: ignore
     return logits[0, :, 0]
 
 
@@ -99,6 +100,60 @@ class _Unnormed:
 def flops(function: Any, *arguments: Any) -> float:
     analysis: Any = jax.jit(function).lower(*arguments).compile().cost_analysis()
     return float((analysis[0] if isinstance(analysis, list) else analysis)["flops"])
+
+
+def greedy(logits_bv: jax.Array, offset: int) -> tuple[jax.Array, jax.Array]:
+    return jnp.argmax(logits_bv, axis=-1).astype(jnp.int32), jax.nn.log_softmax(logits_bv)
+
+
+@pytest.mark.parametrize("blocks", [0, 1])
+@pytest.mark.parametrize("recycling", [0, 5])
+def test_drafted_logits_are_the_uncached_exits(blocks: int, recycling: int):
+    """Over four rounds of ragged rows, after full, partial and no acceptance: what `choose` sees is the exit's own.
+
+    With blocks of its own and recycling, earlier positions have been read with what was newest then, which one forward
+    cannot show: of that case only the first round is compared.
+    """
+    config = dataclasses.replace(EXIT, early_exit_extra_blocks=blocks, early_exit_recycling=recycling)
+    decoder, gamma, width = transformer(0, config), 3, 24
+    tokens_bs = jnp.asarray(np.random.default_rng(1).integers(0, CONFIG.vocab_size, (3, width)), jnp.int32)
+    whole = decoder(tokens_bs)
+    length_b, seen = jnp.array([1, 2, 6]), []
+
+    def teach(logits_bv: jax.Array, offset: int) -> tuple[jax.Array, jax.Array]:
+        """Drafts what is there, so that the rows are known beforehand."""
+        seen.append(logits_bv)
+        return Sequence(tokens_bs, length_b).window(length_b + offset, 1)[:, 0], jax.nn.log_softmax(logits_bv)
+
+    drafter = EarlyExit(gamma=gamma)
+    prefill = decoder(tokens_bs, decoder.init_cache(3, width))
+    assert prefill.cache is not None
+    cache, state = prefill.cache, drafter.start(decoder, Sequence(tokens_bs, length_b), prefill, width)
+    for round_, emitted in enumerate(([4, 1, 2], [1, 4, 4], [4, 4, 1], [2, 3, 4])):
+        seen.clear()
+        sequence = Sequence(tokens_bs, length_b)
+        proposal = drafter.propose(decoder, sequence, cache.with_length(length_b - 1), state, teach)
+        newest_b1 = length_b[:, None] - 2
+        for offset in range(gamma):
+            expected = _exit_logits(decoder, whole, newest_b1)
+            at_b = length_b - 1 + offset
+            picked = jnp.take_along_axis(expected, at_b[:, None, None], axis=1)[:, 0]
+            if not (blocks and recycling) or (round_ == 0 and offset == 0):
+                np.testing.assert_allclose(seen[offset], picked, atol=2e-5)
+        scored: Any = drafter.score(decoder, proposal, sequence.window(length_b - 1, gamma + 1))
+        emitted_b = jnp.array(emitted)
+        cache, state = scored.cache, drafter.update(proposal.state, scored, emitted_b)
+        length_b = length_b + emitted_b
+
+
+def _exit_logits(decoder: Decoder, whole: Any, newest_b1: jax.Array) -> jax.Array:
+    """(B, T, V): positions of the round see the newest final hidden state, all before it the one before themselves."""
+    position_1t = jnp.arange(whole.hidden.shape[1])[None, :]
+    source_bt = jnp.minimum(position_1t - 1, newest_b1)
+    recycled = jnp.take_along_axis(whole.hidden, jnp.maximum(source_bt, 0)[:, :, None], axis=1)
+    recycled = jnp.where(source_bt[:, :, None] < 0, 0, recycled)
+    assert decoder.early_exit is not None
+    return decoder.early_exit(whole.early_hidden, None, recycled)[0]
 
 
 @pytest.mark.parametrize("gamma", [3, 5])
@@ -132,6 +187,19 @@ def test_scoring_does_not_repeat_the_first_layers(gamma: int):
     assert scoring == pytest.approx(second_half + first_half_of_one, rel=0.02)
     assert whole == pytest.approx(second_half + first_half_of_all, rel=0.02)
     assert first_half_of_all > (positions - 0.5) * first_half_of_one
+
+    def propose(decoder: Decoder, cache: Any, before_bd: jax.Array) -> Any:
+        sequence = Sequence(jnp.zeros((batch, 32), jnp.int32), jnp.full((batch,), 8))
+        state = EarlyExitState(before_bd, before_bd, before_bd, None)
+        return EarlyExit(gamma=gamma).propose(decoder, sequence, cache, state, greedy)
+
+    def exit_of(decoder: Decoder, early_b1d: jax.Array) -> Any:
+        assert decoder.early_exit is not None
+        return decoder.early_exit(early_b1d)
+
+    drafting = flops(propose, decoder, cache, early_bd)
+    exit_once = flops(exit_of, decoder, early_bd[:, None])
+    assert drafting == pytest.approx(gamma * (first_half_of_one + exit_once), rel=0.03)
     assert scoring < 0.6 * whole
 
 
@@ -140,14 +208,15 @@ def test_scoring_does_not_repeat_the_first_layers(gamma: int):
     [
         ({"early_exit_layer": 0}, r"early_exit_layer must be in \[1, depth = 3\), got 0"),
         ({"early_exit_layer": 3}, r"early_exit_layer must be in \[1, depth = 3\), got 3"),
+        ({"early_exit_recycling": -1}, "early_exit_recycling must be at least 0, got -1"),
         ({"early_exit_extra_blocks": -1}, "early_exit_extra_blocks must be at least 0, got -1"),
         (
             {"early_exit_layer": None, "early_exit_extra_blocks": 1},
             "early_exit_extra_blocks must not be set without early_exit_layer, got 1",
         ),
         (
-            {"early_exit_layer": None, "early_exit_recycling": True},
-            "early_exit_recycling must not be set without early_exit_layer, got True",
+            {"early_exit_layer": None, "early_exit_recycling": 3},
+            "early_exit_recycling must not be set without early_exit_layer, got 3",
         ),
     ],
 )
@@ -159,6 +228,6 @@ def test_bad_configuration(changed: dict[str, Any], message: str):
 def test_bad_loss_input():
     with pytest.raises(ValueError, match="decoder must have early_exit_layer for an early-exit loss, got None"):
         early_exit_logits(transformer(0), TOKENS)
-    recycling = transformer(0, dataclasses.replace(EXIT, early_exit_recycling=True))
+    recycling = transformer(0, dataclasses.replace(EXIT, early_exit_recycling=5))
     with pytest.raises(ValueError, match="key must be given for an exit with early_exit_recycling, got None"):
         early_exit_logits(recycling, TOKENS)

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from spec_jax import Decoder, ModelWithProphet
+from spec_jax import Decoder, DecoderConfig, ModelWithProphet
 from spec_jax.interop import decoder_from_torch, pair_from_torch, pair_torch_names, torch_names
 from spec_jax.losses import early_exit_logits, next_token_loss, prophet_losses
 from tests.spec.test_interop import DATA, load
@@ -69,11 +70,12 @@ def is_feed_forward(name: str) -> bool:
     return ".layers." in name and name.split(".layers.")[1].split(".")[1] == "1"
 
 
-def original_pair(*, skip_feed_forward: bool) -> ModelWithProphet:
-    """As loaded, or with the feed-forwards' last weights at 0, which takes them out: the original never calls them."""
-    weights = state(PAIR)
-    if skip_feed_forward:
-        weights = {name: value * (".1.3." not in name) for name, value in weights.items()}
+def original_pair(*, without_feed_forward: tuple[str, ...]) -> ModelWithProphet:
+    """With the last feed-forward weights of these models at 0, which takes them out: the original never calls them."""
+    weights = {
+        name: value * (not (".1.3." in name and name.startswith(without_feed_forward)))
+        for name, value in state(PAIR).items()
+    }
     return pair_from_torch(
         weights, model=PAIR_ARGUMENTS["model"], prophet=PAIR_ARGUMENTS["prophet"], **PAIR_ARGUMENTS["wrapper"]
     )
@@ -81,7 +83,7 @@ def original_pair(*, skip_feed_forward: bool) -> ModelWithProphet:
 
 def test_prophet():
     """Its losses are over all windows; the original leaves the last one out, so it gets one token less here."""
-    pair, tokens = original_pair(skip_feed_forward=True), jnp.asarray(PAIR["tokens"])
+    pair, tokens = original_pair(without_feed_forward=("model", "prophet")), jnp.asarray(PAIR["tokens"])
     close(pair.target(tokens).logits, PAIR["model_logits"])
     close(pair.target(tokens).hidden, PAIR["model_hidden"])
     inputs = pair.prophet.embed(jnp.asarray(PAIR["start_tokens"]), tokens[:, :9])
@@ -100,22 +102,48 @@ def test_prophet():
 
 
 def test_feed_forwards_are_applied():
-    """What is right about the original is met above; with its weights as they are, the losses differ."""
-    tokens = jnp.asarray(PAIR["tokens"])
-    pair = original_pair(skip_feed_forward=False)
-    main, prophet = prophet_losses(pair, pair(tokens), tokens)
-    assert abs(main - PAIR["main_loss"]) > 1e-3
-    assert abs(prophet - PAIR["prophet_loss"]) > 1e-3
+    """What is right about the original is met above; with the prophet's own feed-forwards, its loss is another."""
+    tokens = jnp.asarray(PAIR["tokens"])[:, :-1]
+    losses = []
+    for skipped in (("model", "prophet"), ("model",)):
+        pair = original_pair(without_feed_forward=skipped)
+        losses.append(float(prophet_losses(pair, pair(tokens), tokens)[1]))
+    close(losses[0], PAIR["prophet_loss"])
+    assert abs(losses[1] - losses[0]) > 1e-3
 
 
-@pytest.mark.parametrize("width", [64, 32])
-def test_projection_is_loaded(width: int):
-    """A prophet of another width has a projection, which must then be among the weights."""
-    weights = state(PAIR)
-    prophet = PAIR_ARGUMENTS["prophet"] | {"dim": width}
-    with pytest.raises(ValueError, match=r"left over \['to_prophet_start_token.weight'\]|missing \['to_prophet_st"):
-        pair_from_torch(
-            weights | ({"to_prophet_start_token.weight": np.zeros((64, 64))} if width == 64 else {}),
-            model=PAIR_ARGUMENTS["model"],
-            prophet=prophet,
-        )
+def test_extra_blocks_are_loaded():
+    """Under the original's names: a decoder's own weights, written and read back."""
+    arguments = EXIT_ARGUMENTS | {"early_exit_extra_transformer_blocks": 1}
+    block = {
+        name.replace("layers.0", "early_exit_transformer_blocks.0"): value
+        for name, value in state(EXIT).items()
+        if name.startswith("layers.0")
+    }
+    decoder = decoder_from_torch(state(EXIT) | block, **arguments)
+    assert decoder.early_exit is not None
+    for ours, theirs in zip(jax.tree.leaves(decoder.early_exit.blocks[0]), jax.tree.leaves(decoder.blocks[0])):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_projection_is_loaded():
+    """A prophet of another width than its target has a projection, transposed as all linear layers are."""
+    narrow = PAIR_ARGUMENTS["prophet"] | {"dim": 32}
+    config = DecoderConfig(vocab_size=50, dim=32, depth=2, heads=4, dim_head=16)
+    prophet = torch_names(config)
+    shapes = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+    weights = {name: value for name, value in state(PAIR).items() if name.startswith("model.")}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+        ours = jax.tree_util.keystr(path).removesuffix(".value")
+        value = rng.normal(size=leaf.shape)
+        weights[f"prophet.{prophet[ours]}"] = value.T if ours.endswith(".kernel") else value
+    weights["to_prophet_start_token.weight"] = rng.normal(size=(32, 64))
+    pair = pair_from_torch(weights, model=PAIR_ARGUMENTS["model"], prophet=narrow)
+    state_b1d = rng.normal(size=(1, 1, 64)).astype(np.float32)
+    inputs = pair.prophet.embed(jnp.asarray(state_b1d), jnp.zeros((1, 0), jnp.int32))
+    expected = state_b1d[0, 0] @ weights["to_prophet_start_token.weight"].T
+    np.testing.assert_allclose(inputs[0, 0], expected, rtol=1e-4, atol=1e-4)
+    del weights["to_prophet_start_token.weight"]
+    with pytest.raises(ValueError, match=r"missing \['to_prophet_start_token.weight'\]"):
+        pair_from_torch(weights, model=PAIR_ARGUMENTS["model"], prophet=narrow)

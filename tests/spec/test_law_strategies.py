@@ -76,7 +76,8 @@ def logits_of(name: str) -> dict[tuple[int, ...], np.ndarray]:
     return strategies.all_logits(strategy(name, CONFIG, GAMMA).target, rows)
 
 
-# Each rule meets each filter, with and without an end token; each rule has batches of its own.
+# Each rule meets each filter, and temperature with and without an end token; each rule has one batch size of its own.
+# (The filters are the loop's, the same for every strategy: test_law has their full cross with rules and batches.)
 CELLS = [
     (rule, batch, filter_name, eos_id)
     for rule, batch in (("rejection", 4), ("block", 16), ("coupled", 1))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spec_jax.losses import bits_per_byte, next_token_loss
+from spec_jax.losses import bits_per_byte, distillation_loss, next_token_loss
 
 
 def case(seed=0, batch=3, tokens=5, vocab=7):
@@ -17,6 +17,21 @@ def reference(logits_btv, tokens_bt):
     logits_btv = logits_btv.astype(np.float64)
     log_probs = logits_btv - np.log(np.exp(logits_btv).sum(-1, keepdims=True))
     return -np.take_along_axis(log_probs, tokens_bt[..., None], -1)[..., 0]
+
+
+def test_distillation_by_hand():
+    """KL((3/4, 1/4) ‖ (1/2, 1/2)) = 3/4·ln(3/2) + 1/4·ln(1/2), which is not the reverse divergence."""
+    target = jnp.log(jnp.array([[[0.75, 0.25], [0.5, 0.5]]]))
+    draft = jnp.zeros((1, 2, 2)) + 7.0
+    forward = 0.75 * np.log(1.5) + 0.25 * np.log(0.5)
+    np.testing.assert_allclose(distillation_loss(draft, target), forward / 2, rtol=1e-5)
+    reverse = 0.5 * np.log(0.5 / 0.75) + 0.5 * np.log(0.5 / 0.25)
+    assert abs(forward - reverse) > 0.01
+    draft_gradient, target_gradient = jax.grad(distillation_loss, argnums=(0, 1))(draft, target)
+    assert np.abs(draft_gradient).max() > 0.01
+    assert np.abs(target_gradient).max() == 0
+    with pytest.raises(ValueError, match=r"draft_logits and target_logits must be \(B, T, V\) alike"):
+        distillation_loss(draft, target[:, :1])
 
 
 def test_mean_cross_entropy_by_hand():

@@ -68,7 +68,7 @@ def test_periodic_text_is_accepted_whole():
 
 
 def test_a_round_without_a_match_is_one_plain_step():
-    """The compiled round has both: under the branch that no match takes, the target reads one position."""
+    """Under the branch that no match takes, the target reads one position; run without jit, to see which is taken."""
     target = random_toy(0, 4)
     widths = []
 

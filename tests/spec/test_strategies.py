@@ -61,6 +61,15 @@ def test_coupled_equals_plain(name: str, gamma: int, record_property):
     assert total.diverged == 0
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_drafts_are_kept_now_and_then(name: str):
+    """So that all the above covers rounds that keep none, some and all of a draft."""
+    result = decode(name, 5)
+    rate = float(result.acceptance_rate)
+    assert (0.02 if name == "n-gram" else 0.3) < rate < 0.97
+    assert int(result.stats.accepted_bj[:, 1].sum()) > 10
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", ["rejection", "block"])
 @pytest.mark.parametrize("name", NAMES)
@@ -144,6 +153,8 @@ BAD: list[tuple[Any, Drafter, str]] = [
     (PLAIN, EarlyExit(), "target must be a Decoder with early_exit_layer for EarlyExit, got a Decoder without one"),
     (random_toy(0, 4), EarlyExit(), "target must be a Decoder with early_exit_layer for EarlyExit, got Toy"),
     (random_toy(0, 4), LayerSkip((), ()), "target must be a Decoder for LayerSkip, got Toy"),
+    (PLAIN, Prophet(PLAIN), "prophet must be a ModelWithProphet or its prophet, got Decoder"),
+    (PLAIN, LayerSkip([2], []), "skip_attention must hold layers in [0, 2), got (2,)"),  # pyright: ignore
     (PLAIN, LayerSkip((2,), ()), "skip_attention must hold layers in [0, 2), got (2,)"),
     (PLAIN, LayerSkip((), (-1,)), "skip_feed_forward must hold layers in [0, 2), got (-1,)"),
     (random_toy(0, 4), Prophet(PAIR), "target must be a Decoder for Prophet, got Toy"),
