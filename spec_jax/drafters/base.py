@@ -127,9 +127,8 @@ class Drafter(abc.ABC):
         """
         del target
 
-    @abc.abstractmethod
     def start(self, target: LanguageModel, sequence: Sequence, prefill: Output, size: int) -> Any:
-        """The strategy's state after the target has read the prompts.
+        """The strategy's state after the target has read the prompts; nothing by default.
 
         Args:
           target: the target.
@@ -137,6 +136,8 @@ class Drafter(abc.ABC):
           prefill: the target's forward over them.
           size: slots a row that any cache of the strategy's own needs.
         """
+        del target, sequence, prefill, size
+        return ()
 
     @abc.abstractmethod
     def propose(

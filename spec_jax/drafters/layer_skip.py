@@ -7,7 +7,7 @@ from typing import Any
 from flax import struct
 
 from spec_jax.decoder import Decoder
-from spec_jax.drafters.base import Choose, Drafter, LanguageModel, Output, Proposal, Sequence, stack_draft
+from spec_jax.drafters.base import Choose, Drafter, LanguageModel, Proposal, Sequence, stack_draft
 
 
 @struct.dataclass
@@ -40,11 +40,6 @@ class LayerSkip(Drafter):
             layers = getattr(self, name)
             if not set(layers) <= set(range(target.config.depth)):
                 raise ValueError(f"{name} must hold layers in [0, {target.config.depth}), got {layers}")
-
-    def start(self, target: LanguageModel, sequence: Sequence, prefill: Output, size: int) -> Any:
-        """No state."""
-        del target, sequence, prefill, size
-        return ()
 
     def propose(self, target: Any, sequence: Sequence, target_cache: Any, state: Any, choose: Choose) -> Proposal:
         """gamma tokens a row, one thinned forward each."""

@@ -56,11 +56,6 @@ class NGram(Drafter):
                 f"min_ngram must be in [1, max_ngram], got min_ngram {self.min_ngram} and max_ngram {self.max_ngram}"
             )
 
-    def start(self, target: LanguageModel, sequence: Sequence, prefill: Output, size: int) -> Any:
-        """No state: everything is in the row's tokens."""
-        del target, sequence, prefill, size
-        return ()
-
     def propose(
         self, target: LanguageModel, sequence: Sequence, target_cache: Any, state: Any, choose: Choose
     ) -> Proposal:

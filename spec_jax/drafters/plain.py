@@ -6,7 +6,7 @@ from typing import Any
 
 from flax import struct
 
-from spec_jax.drafters.base import Choose, Drafter, LanguageModel, Output, Proposal, Sequence, stack_draft
+from spec_jax.drafters.base import Choose, Drafter, LanguageModel, Proposal, Sequence, stack_draft
 
 
 @struct.dataclass
@@ -14,11 +14,6 @@ class Plain(Drafter):
     """No draft: each round reads one token and emits one."""
 
     gamma: int = struct.field(pytree_node=False, default=0)
-
-    def start(self, target: LanguageModel, sequence: Sequence, prefill: Output, size: int) -> Any:
-        """No state."""
-        del target, sequence, prefill, size
-        return ()
 
     def propose(
         self, target: LanguageModel, sequence: Sequence, target_cache: Any, state: Any, choose: Choose
