@@ -3,8 +3,8 @@
     python -m experiments.compare_strategies --output runs/strategies
 
 Trains a small draft, an early exit and a prophet with the same steps and batches as `train_draft cpu`; n-gram lookup
-and layer skipping need no training and use the small draft's target. Finished training runs are kept: a second start
-goes on where the first one ended. Then decodes code and prose, at temperatures 0 and 1 and batches 1, 4 and 16.
+and layer skipping need no training and use the small draft's target. Then decodes code and prose, at temperatures 0
+and 1 and batches 1, 4 and 16. What is trained or measured is kept: a second start goes on where the first one ended.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import tyro
 from rich.console import Console
@@ -31,6 +32,7 @@ from experiments.report import machine
 from experiments.runtime import exit_with, use_compilation_cache
 from experiments.session import Task, finish
 
+CELLS = "cells"
 DRAFT, EXIT, PROPHET, NGRAM, SKIP = "small draft", "early exit", "prophet", "n-gram", "layer skip"
 TRAINED: dict[str, tuple[Any, Callable[[Any], Task]]] = {
     DRAFT: (train_draft.PRESETS, train_draft.task),
@@ -100,6 +102,13 @@ class Row:
         place = {"strategy": self.strategy, "text": self.text, "temperature": self.temperature}
         return place | dataclasses.asdict(self.measurement)
 
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> Row:
+        """The inverse of `as_json`."""
+        fields = {field.name for field in dataclasses.fields(Measurement)}
+        measurement = Measurement(**{name: value for name, value in row.items() if name in fields})
+        return cls(row["strategy"], row["text"], row["temperature"], measurement)
+
 
 def train_all(config: CompareConfig, console: Console) -> DecodingRunConfig:
     """Trains what is not trained yet; returns the small draft's configuration, whose sizes all share."""
@@ -143,30 +152,54 @@ def measure_all(config: CompareConfig, shared: DecodingRunConfig, console: Conso
 
     rows = []
     for batch in config.batches:
-        count = batch * config.repeats
         shape = config.repeats, batch, shared.prompt_length
         texts = {
-            kind: prompts_of(text.test, kind, count=count, length=shared.prompt_length).reshape(shape)
+            kind: prompts_of(text.test, kind, count=shape[0] * batch, length=shape[2]).reshape(shape)
             for kind in ("code", "prose")
         }
         for name, target in targets.items():
             drafters = {f"γ = {gamma}": drafter(name, gamma) for gamma in config.gammas}
-            common: dict[str, Any] = {"max_new_tokens": config.generate_length}
-            with console.status(f"{name}, batch {batch}: costs"):
-                costs = measure_costs(target, drafters, texts["code"][0], sampling=spec_jax.Sampling(), **common)
-            for kind, prompts in texts.items():
-                for temperature in config.temperatures:
-                    sampling = spec_jax.Sampling(temperature=temperature)
-                    with console.status(f"{name}, batch {batch}: {kind}, temperature {temperature:g}"):
-                        measured = measure_decoding(
-                            target, drafters, list(prompts), sampling=sampling, costs=costs, **common
-                        )
-                    rows += [Row(name, kind, temperature, m) for m in measured if m.name != PLAIN]
-                    fastest = max(measured, key=lambda m: m.speedup)
-                    console.print(
-                        f"{name}, batch {batch}, {kind}, temperature {temperature:g}: "
-                        f"{fastest.speedup:.2f} × at {fastest.name}, the formula says {fastest.predicted_speedup:.2f} ×"
-                    )
+            cell = config.output / CELLS / f"{name.replace(' ', '_')}_{batch}.json"
+            rows += kept_cell(cell, config, lambda: measure_cell(config, name, target, drafters, texts, console))  # noqa: B023
+    return rows
+
+
+def measure_cell(
+    config: CompareConfig,
+    name: str,
+    target: Any,
+    drafters: Mapping[str, spec_jax.Drafter],
+    texts: Mapping[str, np.ndarray],
+    console: Console,
+) -> list[Row]:
+    """One strategy at one batch size: every gamma, temperature and kind of text (repeats, B, P)."""
+    rows = []
+    common: dict[str, Any] = {"max_new_tokens": config.generate_length}
+    costs = measure_costs(target, drafters, texts["code"][0], sampling=spec_jax.Sampling(), **common)
+    for kind, prompts in texts.items():
+        for temperature in config.temperatures:
+            sampling = spec_jax.Sampling(temperature=temperature)
+            measured = measure_decoding(target, drafters, list(prompts), sampling=sampling, costs=costs, **common)
+            rows += [Row(name, kind, temperature, m) for m in measured if m.name != PLAIN]
+            fastest = max((row.measurement for row in rows[-len(drafters) :]), key=lambda m: m.speedup)
+            console.print(
+                f"{name}, batch {fastest.batch}, {kind}, temperature {temperature:g}: "
+                f"{fastest.speedup:.2f} × at {fastest.name}, the formula says {fastest.predicted_speedup:.2f} ×"
+            )
+    # A process may map only so much memory, and each compiled program maps some.
+    jax.clear_caches()
+    return rows
+
+
+def kept_cell(path: pathlib.Path, config: CompareConfig, measure: Callable[[], list[Row]]) -> list[Row]:
+    """The rows of a cell from its file, where an earlier start measured it in the same way; measured now otherwise."""
+    how = dataclasses.asdict(config) | {"output": None, "batches": None, "machine": machine()}
+    how = json.loads(json.dumps(how))
+    if path.exists() and (kept := json.loads(path.read_text()))["how"] == how:
+        return [Row.from_json(row) for row in kept["rows"]]
+    rows = measure()
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"how": how, "rows": [row.as_json() for row in rows]}, indent=2) + "\n")
     return rows
 
 
