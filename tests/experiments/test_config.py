@@ -32,7 +32,7 @@ from spec_jax import DecoderConfig
         ({"temperature": -1.0}, "temperature must be"),
         (
             {"target": DecoderConfig(vocab_size=300)},
-            "vocab_size must be the same and hold all 256 bytes, got 300 and 256",
+            "draft.vocab_size must be the same, got 300 and 256",
         ),
     ],
 )
