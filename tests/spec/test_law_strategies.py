@@ -77,8 +77,8 @@ def logits_of(name: str) -> dict[tuple[int, ...], np.ndarray]:
 
 
 # Each rule meets each filter (top-k: one rule), and has one batch size of its own. The filters are the loop's, the same
-# for every strategy: test_law has their full cross with rules, batches and end tokens. Greedy has no law: it is compared
-# token for token in test_strategies.
+# for every strategy: test_law has their full cross with rules, batches and end tokens. Greedy has no law: it is
+# compared token for token in test_strategies.
 CELLS = [
     (rule, batch, filter_name, eos_id)
     for rule, batch in (("rejection", 4), ("block", 16), ("coupled", 1))
