@@ -11,6 +11,7 @@ from flax import nnx
 
 from spec_jax.cache import KVCache
 from spec_jax.config import DecoderConfig
+from spec_jax.sharding import over_heads
 
 FeedForwardFactory = Callable[[int, nnx.Rngs], nnx.Module]
 """Makes the feed-forward of a block from (layer index, rngs): a module called as `module(hidden_btd) -> (B, T, D)`,
@@ -86,7 +87,8 @@ class Attention(nnx.Module):
         query_btnh = rotate(rearrange(query, "b t (n h) -> b t n h", n=config.heads), rotary)
         key_btkh = rotate(rearrange(key, "b t (k h) -> b t k h", k=config.num_kv_heads), rotary)
         value_bkth = rearrange(value, "b t (k h) -> b k t h", k=config.num_kv_heads)
-        return query_btnh, key_btkh.transpose(0, 2, 1, 3), value_bkth
+        key_bkth = key_btkh.transpose(0, 2, 1, 3)
+        return over_heads(query_btnh, 2), over_heads(key_bkth, 1), over_heads(value_bkth, 1)
 
     def attend(
         self, query_btnh: jax.Array, keys_bksh: jax.Array, values_bksh: jax.Array, position_bt: jax.Array

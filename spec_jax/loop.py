@@ -13,6 +13,7 @@ from spec_jax.drafters.base import Drafter, LanguageModel, Sequence
 from spec_jax.noise import Purpose, position_gumbel, round_noise
 from spec_jax.result import DecodeResult, DecodeStats
 from spec_jax.sampling import Sampling, draw, filtered_log_probs
+from spec_jax.sharding import over_rows
 from spec_jax.verification import Draft, Verdict, Verification, block, coupled, rejection
 
 
@@ -91,9 +92,10 @@ def start(
     would cost more than the copy.
     """
     batch, width = prompt_bp.shape
-    prefill = target(prompt_bp, target.init_cache(batch, width))
+    prompt_bp, prompt_length_b = over_rows((prompt_bp, prompt_length_b))
+    prefill = target(prompt_bp, over_rows(target.init_cache(batch, width)))
     sequence = Sequence(prompt_bp, prompt_length_b)
-    return DecodeState(
+    state = DecodeState(
         sequence=Sequence(jnp.pad(prompt_bp, ((0, 0), (0, size - width))), prompt_length_b),
         prompt_length_b=prompt_length_b,
         done_b=jnp.broadcast_to(request.max_new_tokens <= 0, (batch,)),
@@ -101,6 +103,7 @@ def start(
         drafter_state=drafter.start(target, sequence, prefill, size),
         stats=DecodeStats.zeros(batch, drafter.gamma),
     )
+    return over_rows(state)
 
 
 def decode_round(
@@ -136,7 +139,7 @@ def decode_round(
         drafter_state=drafter.update(proposal.state, scored, emission.count_b),
         stats=_count(state, proposal.draft, emission, request),
     )
-    return state, emission
+    return over_rows(state), emission
 
 
 def decode(
@@ -230,8 +233,11 @@ def _extend(sequence: Sequence, emission: Emission) -> Sequence:
     offset_1t = jnp.arange(emission.tokens_bt.shape[1])[None, :]
     nowhere = sequence.tokens_bs.shape[1]
     slot_bt = jnp.where(offset_1t < emission.count_b[:, None], sequence.length_b[:, None] + offset_1t, nowhere)
-    row_b1 = jnp.arange(slot_bt.shape[0])[:, None]
-    tokens_bs = sequence.tokens_bs.at[row_b1, slot_bt].set(emission.tokens_bt, mode="drop")
+
+    def extend_row(tokens_s: jax.Array, new_t: jax.Array, slot_t: jax.Array) -> jax.Array:
+        return tokens_s.at[slot_t].set(new_t, mode="drop")
+
+    tokens_bs = jax.vmap(extend_row)(sequence.tokens_bs, emission.tokens_bt, slot_bt)
     return Sequence(tokens_bs, sequence.length_b + emission.count_b)
 
 

@@ -1,0 +1,153 @@
+"""Decoding over a device mesh gives the tokens of one device, and rows stay where they are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+from spec_jax import Drafter, Sampling, SmallModel, base_decoding, decoding, speculative_decoding, stream
+from spec_jax.sharding import decoder_shardings
+from tests.spec.strategies import NAMES, strategy
+from tests.spec.transformers import CONFIG, compare, near, ragged_prompts, transformer
+
+SMALL, GAMMA = "small draft", 3
+MESHES: dict[str, dict[str, int]] = {
+    "data": {"data": 8},
+    "model": {"model": 2},
+    "both": {"data": 4, "model": 2},
+    "others": {"expert": 2, "data": 2},
+}
+SAMPLINGS = {"coupled": Sampling(), "greedy": Sampling(temperature=0.0)}
+PROMPTS, LENGTHS = ragged_prompts(3, 16, 12)
+
+
+def mesh_of(sizes: Mapping[str, int]) -> Mesh:
+    count = int(np.prod(list(sizes.values())))
+    axis_types = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types, devices=jax.devices()[:count])
+
+
+def models(name: str) -> tuple[Any, Drafter]:
+    if name == SMALL:
+        return transformer(0), SmallModel(near(0, 0.05), gamma=GAMMA)
+    pair = strategy(name, CONFIG, GAMMA)
+    return pair.target, pair.drafter
+
+
+def arguments(sampling: str, rows: int = len(PROMPTS)) -> dict[str, Any]:
+    options = {"max_new_tokens": 20, "key": jax.random.key(2), "sampling": SAMPLINGS[sampling], "eos_id": 5}
+    return options | {"prompt_length": LENGTHS[:rows]}
+
+
+def decoded_over(mesh: Mesh, name: str, sampling: str, rows: int = len(PROMPTS)) -> Any:
+    target, drafter = models(name)
+    target, drafter = (jax.device_put(model, decoder_shardings(model, mesh)) for model in (target, drafter))
+    chosen = arguments(sampling, rows)
+    with jax.set_mesh(mesh):
+        return speculative_decoding(target, drafter, PROMPTS[:rows], verification="coupled", **chosen)
+
+
+def check_equal(name: str, sampling: str, sharded: Any, rows: int = len(PROMPTS)) -> None:
+    """Against plain decoding on one device, which itself knows of no mesh."""
+    target, _ = models(name)
+    chosen = arguments(sampling, rows)
+    alone = base_decoding(target, PROMPTS[:rows], **chosen)
+    if name == SMALL:
+        # Rows end at different times, so that some wait for others.
+        assert len(set(np.asarray(alone.lengths).tolist())) > 1
+    found = compare(target, PROMPTS, LENGTHS, chosen["sampling"], chosen["key"], sharded, alone)
+    assert found.rows >= rows
+    assert found.diverged == 0
+    # The product over cut heads sums in another order; more than a row or two would not be that.
+    assert found.different <= 1
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("sizes", MESHES.values(), ids=list(MESHES))
+def test_small_draft_equals_one_device(sizes: dict[str, int], sampling: str):
+    check_equal(SMALL, sampling, decoded_over(mesh_of(sizes), SMALL, sampling))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_every_strategy_equals_one_device(name: str):
+    mesh = mesh_of(MESHES["both"])
+    check_equal(name, "coupled", decoded_over(mesh, name, "coupled"))
+
+
+def test_rows_that_the_mesh_does_not_divide():
+    check_equal(SMALL, "coupled", decoded_over(mesh_of({"data": 4}), SMALL, "coupled", rows=11), rows=11)
+
+
+def test_streams_over_a_mesh():
+    target, drafter = models(SMALL)
+    alone = base_decoding(target, PROMPTS, **arguments("coupled"))
+    mesh = mesh_of(MESHES["both"])
+    target, drafter = (jax.device_put(model, decoder_shardings(model, mesh)) for model in (target, drafter))
+    rows: list[list[int]] = [[] for _ in PROMPTS]
+    with jax.set_mesh(mesh):
+        for step in stream(target, drafter, PROMPTS, verification="coupled", **arguments("coupled")):
+            for row, tokens in enumerate(rows):
+                tokens += step.row(row)[0]
+    wanted = [tokens[:length].tolist() for tokens, length in zip(np.asarray(alone.tokens), np.asarray(alone.lengths))]
+    assert sum(got != want for got, want in zip(rows, wanted)) <= 1
+
+
+def test_another_target_gives_other_tokens():
+    """The negative control: the comparison notices a weight that one device has wrong."""
+    target, drafter = models(SMALL)
+    wrong = jax.tree.map(lambda weight: weight, target)
+    kernel = wrong.blocks[1].attention.to_out.kernel
+    kernel[...] = kernel[...].at[:16].multiply(-1)
+    chosen = arguments("coupled")
+    result = speculative_decoding(wrong, drafter, PROMPTS, verification="coupled", **chosen)
+    plain = base_decoding(target, PROMPTS, **chosen)
+    found = compare(target, PROMPTS, LENGTHS, chosen["sampling"], chosen["key"], result, plain)
+    assert found.diverged > len(PROMPTS) / 2
+
+
+def collectives(mesh: Mesh) -> dict[str, int]:
+    """How often each kind of communication stands in the compiled decoding."""
+    target, drafter = models(SMALL)
+    target, drafter = (jax.device_put(model, decoder_shardings(model, mesh)) for model in (target, drafter))
+    chosen = arguments("coupled")
+    with jax.set_mesh(mesh):
+        prepared = decoding._prepare(
+            target, drafter, PROMPTS, LENGTHS, 20, chosen["key"], chosen["sampling"], 5, 0, "coupled", 1.0, None, None
+        )
+        prompts = prepared.prompt_bp, prepared.prompt_length_b
+        lowered = decoding.compiled_decode.lower(target, drafter, *prompts, prepared.request, size=128, width=64)
+    kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+    names = re.findall(rf" ({kinds})(?:-start)?\(", lowered.compile().as_text() or "")
+    return {name: names.count(name) for name in set(names)}
+
+
+def test_rows_stay_where_they_are():
+    """Over `data` alone the devices have one thing to agree on: whether all rows are done."""
+    assert collectives(mesh_of({"data": 4})) == {"all-reduce": 1}
+
+
+def test_no_cache_is_gathered():
+    assert "all-gather" not in collectives(mesh_of(MESHES["both"]))
+
+
+def test_what_is_cut():
+    mesh = mesh_of(MESHES["both"])
+    target, _ = models(SMALL)
+    shardings = decoder_shardings(target, mesh)
+    block = shardings.blocks[0]
+    assert block.attention.to_qkv.kernel[...].spec == PartitionSpec(None, "model")
+    assert block.attention.to_out.kernel[...].spec == PartitionSpec("model")
+    assert block.feed_forward.up.bias[...].spec == PartitionSpec("model")
+    assert block.feed_forward.down.bias[...].spec == PartitionSpec()
+    assert shardings.head.to_logits.kernel[...].spec == PartitionSpec()
+    # No axis `model`, and one that divides nothing: all whole.
+    for sizes in ({"data": 8}, {"model": 5}):
+        found = {sharding.spec for sharding in jax.tree.leaves(decoder_shardings(target, mesh_of(sizes)))}
+        assert found == {PartitionSpec()}
