@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -70,21 +71,35 @@ class NGram(Drafter):
     def score(self, target: LanguageModel, proposal: Proposal, window_bt: jax.Array) -> Output:
         """The whole window where any row drafted; otherwise one plain step, its output padded to the same shape."""
 
-        def whole(cache: Any) -> Scored:
-            output = target(window_bt, cache)
+        def whole(before: Scored) -> Scored:
+            output = target(window_bt, before.cache)
             return Scored(output.logits, output.hidden, output.cache)
 
-        def one_step(cache: Any) -> Scored:
-            output = target(window_bt[:, :1], cache)
+        def one_step(before: Scored) -> Scored:
+            output = target(window_bt[:, :1], before.cache)
 
             def widen(x: jax.Array) -> jax.Array:
                 return jnp.pad(x, ((0, 0), (0, window_bt.shape[1] - 1), *((0, 0) for _ in x.shape[2:])))
 
             return Scored(widen(output.logits), jax.tree.map(widen, output.hidden), output.cache)
 
+        shapes = jax.eval_shape(target, window_bt, proposal.target_cache)
+        logits, hidden = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes.logits, shapes.hidden))
+        scored = Scored(logits, hidden, proposal.target_cache)
         if self.gamma == 0:
-            return whole(proposal.target_cache)
-        return jax.lax.cond((proposal.draft.count_b > 0).any(), whole, one_step, proposal.target_cache)
+            return whole(scored)
+        any_drafted = (proposal.draft.count_b > 0).any()
+        return _run_if(~any_drafted, one_step, _run_if(any_drafted, whole, scored))
+
+
+def _run_if(wanted: jax.Array, step: Callable[[Scored], Scored], before: Scored) -> Scored:
+    """`step(before)` or `before`, as a loop of one round or none.
+
+    What passes through `lax.cond` is copied on a CPU, the whole cache with it (3.7 ms a step, not 2.7); what a loop
+    carries stays in place.
+    """
+    start = (wanted, before)
+    return jax.lax.while_loop(lambda carry: carry[0], lambda carry: (jnp.zeros_like(wanted), step(carry[1])), start)[1]
 
 
 def lookup(sequence: Sequence, *, gamma: int, min_ngram: int, max_ngram: int) -> tuple[jax.Array, jax.Array]:
