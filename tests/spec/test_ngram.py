@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.core import Tracer
 
-from spec_jax import NGram, speculative_decoding
+from spec_jax import NGram, Sampling, decoding, speculative_decoding
 from spec_jax.drafters.base import Sequence
 from spec_jax.drafters.ngram import lookup
 from tests.spec.toys import deterministic_toy, random_toy
+from tests.spec.transformers import transformer
 
 compiled_lookup = jax.jit(lookup, static_argnames=("gamma", "min_ngram", "max_ngram"))
 
@@ -77,7 +81,8 @@ def test_a_round_without_a_match_is_one_plain_step():
         init_cache = staticmethod(target.init_cache)
 
         def __call__(self, tokens_bt: jax.Array, cache=None):
-            widths.append(tokens_bt.shape[1])
+            if not isinstance(tokens_bt, Tracer):  # Asked for the shapes of its output only.
+                widths.append(tokens_bt.shape[1])
             return target(tokens_bt, cache)
 
     drafter, spy = NGram(gamma=6), Spy()
@@ -91,6 +96,21 @@ def test_a_round_without_a_match_is_one_plain_step():
             scored = drafter.score(spy, proposal, window_bt)  # pyright: ignore
         assert widths == [read]
         assert scored.logits.shape == (1, 7, 4)
+
+
+def test_no_round_copies_the_cache():
+    """What `lax.cond` returns is copied on a CPU: a third of a plain step at any useful size."""
+    target, drafter = transformer(0), NGram(gamma=3)
+    prepared = decoding._prepare(
+        target, drafter, [[1, 2, 3]], None, 40, jax.random.key(0), Sampling(), None, 0, "rejection", 1.0, None, None
+    )
+    state = decoding.compiled_start(
+        target, drafter, prepared.prompt_bp, prepared.prompt_length_b, prepared.request, size=prepared.size
+    )
+    program = decoding.compiled_round.lower(target, drafter, state, prepared.request).compile().as_text() or ""
+    shape = re.escape("f32[" + ",".join(map(str, state.target_cache.keys[0].shape)) + "]")
+    assert re.search(shape, program)
+    assert not re.search(shape + r"\S* copy\(", program)
 
 
 def test_rows_without_a_match_draft_nothing():
