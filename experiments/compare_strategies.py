@@ -242,16 +242,16 @@ def print_rows(console: Console, rows: Sequence[Row]) -> None:
     """The best gamma of each strategy in each place: measured, formula, acceptance."""
     places = sorted({(row.measurement.batch, row.temperature, row.text) for row in rows})
     strategies = list(dict.fromkeys(row.strategy for row in rows))
-    table = Table(title="speed-up over plain decoding at the best γ (formula; accepted)")
+    table = Table(title="speed-up over plain decoding, at the best γ; below it the formula's, and what was accepted")
     for column in ("batch", "temp.", "text", *strategies):
-        table.add_column(column)
+        table.add_column(column, no_wrap=True)
     for batch, temperature, text in places:
         cells = []
         for strategy in strategies:
             here = [row.measurement for row in rows if row.place == (strategy, text, temperature, batch)]
             best = max(here, key=lambda m: m.speedup)
             rate = f"{best.acceptance_rate:.0%}" if best.acceptance_rate is not None else ""
-            cells.append(f"{best.speedup:.2f} × γ {best.gamma}\n({best.predicted_speedup:.2f}; {rate})")
+            cells.append(f"{best.speedup:.2f}, γ {best.gamma}\n{best.predicted_speedup:.2f}, {rate}")
         table.add_row(str(batch), f"{temperature:g}", text, *cells)
     console.print(table)
 

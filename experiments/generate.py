@@ -26,6 +26,7 @@ from experiments.samples import LEGEND, print_stream
 from experiments.train_state import Models
 
 DrafterName = Literal["trained", "ngram", "layer-skip", "none"]
+GAMMA = 5
 # By kind of run: the models that a configuration read from a checkpoint describes, weights not filled in; and how to
 # decode with them.
 KINDS: dict[str, tuple[Callable[[dict[str, Any]], Models], Strategy]] = {
@@ -52,14 +53,18 @@ class LoadedRun:
         """The model whose text is wanted."""
         return self.strategy.target(self.models)
 
-    def drafter(self, name: str, gamma: int) -> spec_jax.Drafter | None:
+    def drafter(self, name: str, gamma: int | None = None) -> spec_jax.Drafter | None:
         """What drafts, by name; None decodes plainly.
+
+        Args:
+          name: see `GenerateConfig.drafter`.
+          gamma: tokens drafted a round; None is what the search found best, for 'layer-skip', and else `GAMMA`.
 
         Raises:
           ValueError: layers were not searched yet, for 'layer-skip'.
         """
         if name == "ngram":
-            return spec_jax.NGram(gamma=gamma)
+            return spec_jax.NGram(gamma=GAMMA if gamma is None else gamma)
         if name == "layer-skip":
             path = self.folder / LAYER_SKIP_FILE
             if not path.exists():
@@ -69,8 +74,8 @@ class LoadedRun:
                 )
             best = json.loads(path.read_text())["best"]
             skipped = tuple(best["skip_attention"]), tuple(best["skip_feed_forward"])
-            return spec_jax.LayerSkip(*skipped, gamma=gamma)
-        return self.strategy.drafter(self.models, gamma) if name == "trained" else None
+            return spec_jax.LayerSkip(*skipped, gamma=best["gamma"] if gamma is None else gamma)
+        return self.strategy.drafter(self.models, GAMMA if gamma is None else gamma) if name == "trained" else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,7 +93,7 @@ class GenerateConfig:
       min_p: keep bytes at least so many times as probable as the most probable one.
       drafter: what drafts: 'trained', whatever the run trained for it; 'ngram', the row's own past; 'layer-skip', the
         target without the layers that `experiments.search_layer_skip` found; or 'none'.
-      gamma: tokens drafted a round.
+      gamma: tokens drafted a round; None is what the search found best, for 'layer-skip', and 5 otherwise.
       verification: the rule.
       plain: the same as `drafter` 'none'.
       seed: of the noise.
@@ -103,7 +108,7 @@ class GenerateConfig:
     top_p: float = 1.0
     min_p: float = 0.0
     drafter: DrafterName = "trained"
-    gamma: int = 5
+    gamma: int | None = None
     verification: Literal["rejection", "block", "coupled"] = "rejection"
     plain: bool = False
     seed: int = 0
@@ -115,7 +120,7 @@ class GenerateConfig:
             raise ValueError(f"drafter must be one of {', '.join(get_args(DrafterName))}, got {self.drafter!r}")
         if self.max_new_tokens < 0:
             raise ValueError(f"max_new_tokens must be at least 0, got {self.max_new_tokens}")
-        if self.gamma < 0:
+        if self.gamma is not None and self.gamma < 0:
             raise ValueError(f"gamma must be at least 0, got {self.gamma}")
         self.sampling.checked()
 
