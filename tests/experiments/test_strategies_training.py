@@ -145,9 +145,10 @@ def test_layer_search_is_found_by_generate(tmp_path, capsys):
     arguments = ["--checkpoint", str(config.output), "--data", config.data, "--sequence-length", "16"]
     assert search_layer_skip.main(arguments) == 0
     best = json.loads((config.output / "layer_skip.json").read_text())["best"]
-    assert load_run(config.output).drafter("layer-skip").gamma == best["gamma"]
-    drafter = load_run(config.output).drafter("layer-skip", 3)
-    assert isinstance(drafter, spec_jax.LayerSkip)
+    for gamma in (None, 3):
+        drafter = load_run(config.output).drafter("layer-skip", gamma)
+        assert isinstance(drafter, spec_jax.LayerSkip)
+        assert drafter.gamma == (gamma or best["gamma"])
     assert list(drafter.skip_feed_forward) == best["skip_feed_forward"]
     console = Console(file=io.StringIO(), width=200)
     generate(GenerateConfig(checkpoint=config.output, prompt="a", drafter="layer-skip", max_new_tokens=4), console)
