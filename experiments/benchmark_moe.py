@@ -107,7 +107,7 @@ def against_original(config: Config) -> Iterable[Row]:
             out = moe_programs.routed(moe, x, train=backward)
             calls = {
                 OURS: moe_programs.timed_call(moe, x, backward=backward),
-                "st-moe-pytorch": moe_reference.timed_call(original, np.array(x), backward=backward),
+                "st-moe-pytorch": moe_reference.timed_call(original, np.asarray(x), backward=backward),
             }
             row = {
                 **_timed(calls, config.repeats, shape=shape, mode=mode),
@@ -140,7 +140,7 @@ def against_mixtral(config: Config) -> Iterable[Row]:
         for mode, backward in MODES.items():
             calls = {
                 OURS: moe_programs.timed_call(moe, x, backward=backward),
-                "mixtral": moe_reference.timed_call(block, np.array(x), backward=backward),
+                "mixtral": moe_reference.timed_call(block, np.asarray(x), backward=backward),
             }
             out = moe_programs.routed(moe, x, train=backward)
             yield {

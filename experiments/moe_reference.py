@@ -64,7 +64,7 @@ def timed_call(layer: Any, x: np.ndarray, *, backward: bool) -> Callable[[int], 
 
     use_all_cores()
     layer.train(backward)
-    hidden = torch.from_numpy(x).requires_grad_(backward)
+    hidden = torch.from_numpy(np.array(x)).requires_grad_(backward)
 
     def forward(repeat: int) -> None:
         with torch.inference_mode():
@@ -94,7 +94,7 @@ def outputs(layer: Any, x: np.ndarray, *, train: bool) -> np.ndarray:
     import torch
 
     with torch.inference_mode():
-        output = layer.train(train)(torch.from_numpy(x))
+        output = layer.train(train)(torch.from_numpy(np.array(x)))
     return (output if isinstance(output, torch.Tensor) else output.outputs).numpy()
 
 
@@ -103,7 +103,7 @@ def assignments_kept(original: Any, x: np.ndarray, *, train: bool) -> int:
     import torch
 
     with torch.inference_mode():
-        combine_bnec = original.train(train).gate(torch.from_numpy(x))[1]
+        combine_bnec = original.train(train).gate(torch.from_numpy(np.array(x)))[1]
         return int(combine_bnec.count_nonzero())
 
 

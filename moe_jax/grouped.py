@@ -32,7 +32,7 @@ def _forward(rows_sd: jax.Array, weights_edf: jax.Array, sizes_e: jax.Array) -> 
 
 def _backward(saved: Any, product_bar_sf: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     rows_bar_sd, weights_bar_edf = jax.lax.platform_dependent(
-        *saved, product_bar_sf, cpu=_transpose_in_blocks, default=_transpose_of_ragged_dot
+        *saved, product_bar_sf, cpu=_transpose_in_blocks, default=transpose_of_ragged_dot
     )
     return rows_bar_sd, weights_bar_edf, None
 
@@ -40,9 +40,11 @@ def _backward(saved: Any, product_bar_sf: jax.Array) -> tuple[jax.Array, jax.Arr
 grouped_product.defvjp(_forward, _backward)
 
 
-def _transpose_of_ragged_dot(
+def transpose_of_ragged_dot(
     rows_sd: jax.Array, weights_edf: jax.Array, sizes_e: jax.Array, product_bar_sf: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
+    """Gradients of rows and matrices where `ragged_dot` has a kernel of its own."""
+
     def product(rows_sd: jax.Array, weights_edf: jax.Array) -> jax.Array:
         return jax.lax.ragged_dot(rows_sd, weights_edf, sizes_e)
 

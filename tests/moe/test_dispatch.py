@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import moe_jax.experts
-from moe_jax import Experts, Routing, mixture, token_groups
+from moe_jax import Experts, Routing, grouped, mixture, token_groups
 from moe_jax.dispatch import Dispatch, dispatch_weight, layout, sorted_rows
 from moe_jax.grouped import BLOCK_LENGTHS, grouped_product
 from tests.moe.support import assert_trees_close, assign_slots, choice, hidden_states
@@ -203,6 +203,19 @@ def test_grouped_product_in_blocks(sizes: list[int]):
     bar_sf = hidden_states(used, 3, seed=3)
     for got, wanted in zip(pull(bar_sf), reference_pull(bar_sf)):
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-4)
+
+
+def test_blocks_equal_the_ragged_dot_of_other_backends():
+    """What an accelerator runs, which a CPU computes too, only slowly: products and both transposes."""
+    rows_sd, weights_edf, bar_sf = hidden_states(40, 5), hidden_states(4, 5, 3, seed=2), hidden_states(40, 3, seed=3)
+    sizes_e = jnp.asarray([7, 0, 20, 13])
+    np.testing.assert_allclose(
+        grouped_product(rows_sd, weights_edf, sizes_e), jax.lax.ragged_dot(rows_sd, weights_edf, sizes_e), atol=1e-5
+    )
+    ours = jax.vjp(lambda *arrays: grouped_product(*arrays, sizes_e), rows_sd, weights_edf)[1](bar_sf)
+    theirs = grouped.transpose_of_ragged_dot(rows_sd, weights_edf, sizes_e, bar_sf)
+    for got, wanted in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(got, wanted, atol=1e-5)
 
 
 def test_ragged_memory_and_work_follow_the_tokens():
