@@ -83,7 +83,7 @@ class MoEConfig:
             factor = getattr(self, name)
             if factor is None and self.router.needs_capacity:
                 raise ValueError(f"{name} must be a number for {type(self.router).__name__}, got None")
-            if factor is not None and factor <= 0:
+            if factor is not None and not factor > 0:
                 raise ValueError(f"{name} must be positive or None, got {factor}")
         self.router.check(self.num_experts)
 
@@ -101,5 +101,5 @@ class MoEConfig:
 
 def _at_least(config: MoEConfig, least: int, *names: str) -> None:
     for name in names:
-        if getattr(config, name) < least:
+        if not getattr(config, name) >= least:
             raise ValueError(f"{name} must be at least {least}, got {getattr(config, name)}")

@@ -24,7 +24,7 @@ class CoordinateDescent(TopN):
     Raises:
       ValueError: an argument is out of range.
 
-    Source: CoLT5 2303.09752 section 3.1 (ratio 9 / 8); Wright 1502.04759 (coordinate descent).
+    Source: CoLT5 2303.09752 (ratio 9 / 8); Wright 1502.04759 (coordinate descent).
     """
 
     iterations: int = 20
@@ -58,7 +58,7 @@ def relaxed_top_k(scores_te: jax.Array, size: float, *, iterations: int, tempera
       iterations: updates of the two dual variables. Static.
       temperature: weight of the entropy, in units of the scores.
 
-    Source: CoLT5 2303.09752 section 3.1; Wright 1502.04759.
+    Source: CoLT5 2303.09752; Wright 1502.04759.
     """
 
     def shift(cap_te: jax.Array) -> jax.Array:

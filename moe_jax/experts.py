@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.grouped import grouped_product
+from moe_jax.grouped import batched_product, group_rows, grouped_product
 from moe_jax.routing import one_of
 
 Init = Literal["paper", "original"]
@@ -124,26 +124,17 @@ class Experts(nnx.Module):
         def per_row(param: nnx.Param | None) -> jax.Array | None:
             return None if param is None else param[...].astype(x_ecd.dtype)[:, None]
 
-        hidden_ecf = add(
-            jnp.einsum("ecd,edf->ecf", x_ecd, self.w_in_edf[...].astype(x_ecd.dtype)), per_row(self.b_in_ef)
-        )
+        hidden_ecf = add(batched_product(x_ecd, self.w_in_edf[...].astype(x_ecd.dtype)), per_row(self.b_in_ef))
         hidden_ecf = geglu(hidden_ecf, self.activation, per_row(self.mult_bias_ef))
-        return add(
-            jnp.einsum("ecf,efd->ecd", hidden_ecf, self.w_out_efd[...].astype(x_ecd.dtype)),
-            per_row(self.b_out_ed),
-        )
+        return add(batched_product(hidden_ecf, self.w_out_efd[...].astype(x_ecd.dtype)), per_row(self.b_out_ed))
 
     def grouped(self, x_sd: jax.Array, sizes_e: jax.Array) -> jax.Array:
         """Rows sorted by expert, `sizes_e` each: (S, D) to (S, D). Rows beyond the last expert's are zero."""
         rows = x_sd.shape[0]
-        experts = jnp.arange(sizes_e.shape[0])
-        expert_s = jnp.repeat(experts, sizes_e, total_repeat_length=rows)
         used_s1 = (jnp.arange(rows) < sizes_e.sum())[:, None]
 
         def per_row(param: nnx.Param | None) -> jax.Array | None:
-            if param is None:
-                return None
-            return param[...].astype(x_sd.dtype).at[expert_s].get(indices_are_sorted=True)
+            return None if param is None else group_rows(param[...].astype(x_sd.dtype), sizes_e, rows)
 
         def product(rows_sd: jax.Array, weights: nnx.Param, bias: nnx.Param | None) -> jax.Array:
             weights_edf = weights[...].astype(x_sd.dtype)

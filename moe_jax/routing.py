@@ -6,6 +6,7 @@ groups, masks and slot orders work alike for every router.
 """
 
 import dataclasses
+import numbers
 from typing import Literal, get_args
 
 import jax
@@ -291,6 +292,8 @@ def limit_to_groups(scores_te: jax.Array, groups: int, kept: int) -> jax.Array:
 
 
 def _check_thresholds(name: str, threshold: float | tuple[float, ...], n: int) -> None:
+    if not isinstance(threshold, tuple | numbers.Real):
+        raise ValueError(f"{name} must be a number or a tuple, got {threshold!r}")
     if isinstance(threshold, tuple) and len(threshold) != n - 1:
         raise ValueError(f"{name} must have n - 1 = {n - 1} entries, got {len(threshold)}")
     for value in threshold if isinstance(threshold, tuple) else (threshold,):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moe_jax import CoordinateDescent, ExpertChoice, SparseMoEBlock, TopN
+from moe_jax import CoordinateDescent, ExpertChoice, SparseMoEBlock, TopN, mixture
 from moe_jax.experts import initial_weights
 from tests.moe.support import config, hidden_states, layer
 
@@ -43,6 +43,13 @@ X = (2, 6, 8)
         (lambda: CoordinateDescent(temperature=0), "temperature must be positive, got 0"),
         (lambda: CoordinateDescent(ratio=0.5), "ratio must be at least 1, got 0.5"),
         (lambda: config(capacity_factor_train=0), "capacity_factor_train must be positive or None, got 0"),
+        (lambda: config(capacity_factor_train=float("nan")), "capacity_factor_train must be positive or None, got nan"),
+        (lambda: config(gumbel_noise=float("nan")), "gumbel_noise must be at least 0, got nan"),
+        (lambda: TopN(n=3, threshold_train=anything([0.2, 0.1])), "threshold_train must be a number or a tuple, got"),
+        (
+            lambda: mixture(hidden_states(2, 8), anything(None), layer().experts, dispatch=anything("sparse")),
+            "dispatch must be one of dense, index, ragged, got 'sparse'",
+        ),
         (lambda: config(capacity_factor_eval=-1.0), "capacity_factor_eval must be positive or None, got -1.0"),
         (
             lambda: config(router=ExpertChoice(), capacity_factor_eval=None),

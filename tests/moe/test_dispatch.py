@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 
 import moe_jax.experts
-from moe_jax import Experts, Routing, mixture, token_groups
+from moe_jax import Experts, Routing, grouped, mixture, token_groups
 from moe_jax.dispatch import Dispatch, dispatch_weight, layout, sorted_rows
-from moe_jax.grouped import BLOCK_LENGTHS, grouped_product
+from moe_jax.grouped import FEW_ROWS, REST_BLOCKS, WHOLE_BLOCKS, batched_product, group_rows, grouped_product
 from tests.moe.support import assert_trees_close, assign_slots, choice, hidden_states
 
 TOKENS, EXPERTS, DIM = 24, 4, 6
@@ -181,12 +181,20 @@ def test_layout_is_its_own_inverse():
 
 
 @pytest.mark.parametrize(
-    "sizes", [[5, 0, 31, 33], [0, 0, 0, 0], [0, 0, 300, 0], [64, 1, 128, 107]], ids=lambda sizes: str(sizes)
+    ("rows", "sizes"),
+    [
+        (300, [5, 0, 31, 33]),
+        (300, [0, 0, 0, 0]),
+        (300, [0, 0, 300, 0]),
+        (300, [64, 1, 128, 107]),
+        (900, [513, 257, 96, 1]),
+        (3, [2, 0, 0, 1]),
+    ],
 )
-def test_grouped_product_in_blocks(sizes: list[int]):
+def test_grouped_product_in_blocks(rows: int, sizes: list[int]):
     """Group sizes around the block lengths, empty ones and tails, against a product per row."""
-    assert BLOCK_LENGTHS[-1] == 32
-    rows_sd, weights_edf = hidden_states(300, 5), hidden_states(4, 5, 3, seed=2)
+    assert (WHOLE_BLOCKS, REST_BLOCKS[0], REST_BLOCKS[-1]) == ((512, 256), 32, 256)
+    rows_sd, weights_edf = hidden_states(rows, 5), hidden_states(4, 5, 3, seed=2)
     sizes_e = jnp.asarray(sizes)
     used = sum(sizes)
     expert_s = np.repeat(np.arange(4), sizes)
@@ -203,6 +211,46 @@ def test_grouped_product_in_blocks(sizes: list[int]):
     bar_sf = hidden_states(used, 3, seed=3)
     for got, wanted in zip(pull(bar_sf), reference_pull(bar_sf)):
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [3, FEW_ROWS + 1])
+def test_batched_product(rows: int):
+    """In turn and at once, with both transposes."""
+    rows_ecd, weights_edf, bar_ecf = (
+        hidden_states(4, rows, 5),
+        hidden_states(4, 5, 3),
+        hidden_states(4, rows, 3, seed=3),
+    )
+    product, pull = jax.vjp(batched_product, rows_ecd, weights_edf)
+    target, reference_pull = jax.vjp(lambda *operands: jnp.einsum("ecd,edf->ecf", *operands), rows_ecd, weights_edf)
+    np.testing.assert_allclose(product, target, atol=1e-5)
+    for got, wanted in zip(pull(bar_ecf), reference_pull(bar_ecf), strict=True):
+        np.testing.assert_allclose(got, wanted, atol=1e-4)
+
+
+def test_group_rows_and_their_sums():
+    """Rows beyond the last group count for nothing, whatever their gradient is."""
+    rows_ef, sizes_e = hidden_states(4, 3), jnp.asarray([2, 0, 40, 5])
+    group_s = np.repeat(np.arange(4), sizes_e)
+    repeated, pull = jax.vjp(lambda rows_ef: group_rows(rows_ef, sizes_e, 50), rows_ef)
+    np.testing.assert_array_equal(repeated[:47], rows_ef[group_s])
+    bar_sf = hidden_states(50, 3, seed=3).at[47:].set(jnp.nan)
+    expected = jnp.zeros((4, 3)).at[group_s].add(bar_sf[:47])
+    np.testing.assert_allclose(pull(bar_sf)[0], expected, atol=1e-5)
+    np.testing.assert_allclose(grouped.sums_by_scatter(bar_sf, sizes_e), expected, atol=1e-5)
+
+
+def test_blocks_equal_the_ragged_dot_of_other_backends():
+    """What an accelerator runs, which a CPU computes too, only slowly: products and both transposes."""
+    rows_sd, weights_edf, bar_sf = hidden_states(40, 5), hidden_states(4, 5, 3, seed=2), hidden_states(40, 3, seed=3)
+    sizes_e = jnp.asarray([7, 0, 20, 13])
+    np.testing.assert_allclose(
+        grouped_product(rows_sd, weights_edf, sizes_e), jax.lax.ragged_dot(rows_sd, weights_edf, sizes_e), atol=1e-5
+    )
+    ours = jax.vjp(lambda *arrays: grouped_product(*arrays, sizes_e), rows_sd, weights_edf)[1](bar_sf)
+    theirs = grouped.transpose_of_ragged_dot(rows_sd, weights_edf, sizes_e, bar_sf)
+    for got, wanted in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(got, wanted, atol=1e-5)
 
 
 def test_ragged_memory_and_work_follow_the_tokens():

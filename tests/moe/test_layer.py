@@ -47,7 +47,12 @@ def outputs_and_gradients(
 def test_padded_equals_compacted(router: str, dispatch: str):
     """Padding scattered through the batch, full of NaN, against the same tokens in a row, with drops."""
     moe = layer(
-        router=ROUTERS[router], dispatch=dispatch, capacity_factor_train=1.0, group_size="batch", min_capacity=1
+        router=ROUTERS[router],
+        dispatch=dispatch,
+        capacity_factor_train=1.0,
+        group_size="batch",
+        min_capacity=1,
+        num_shared_experts=1,
     )
     mask = jnp.asarray([[1, 1, 0, 1, 1, 1, 0, 0], [0, 1, 1, 1, 0, 1, 1, 1]], bool)
     x = hidden_states(2, 8, 8)
@@ -88,15 +93,23 @@ def changed_later(x: jax.Array, at: int) -> jax.Array:
 
 
 @pytest.mark.parametrize(
-    ("dispatch", "group_size"), [("index", "sequence"), ("index", 8), ("ragged", "sequence"), ("dense", "batch")]
+    ("dispatch", "group_size", "options"),
+    [
+        ("index", "sequence", {}),
+        ("index", 8, {}),
+        ("ragged", "sequence", {}),
+        ("dense", "batch", {}),
+        ("index", "sequence", {"router": TopN(n=3, threshold_train=0.6), "gumbel_noise": 0.5, "input_jitter": 0.1}),
+    ],
 )
-def test_token_order_is_causal_to_the_bit(dispatch: str, group_size: int | str):
-    moe = layer(capacity_factor_train=1.0, min_capacity=1, group_size=group_size, dispatch=dispatch)
+def test_token_order_is_causal_to_the_bit(dispatch: str, group_size: int | str, options: dict[str, Any]):
+    moe = layer(capacity_factor_train=1.0, min_capacity=1, group_size=group_size, dispatch=dispatch, **options)
     # One row, where the whole batch is a group: the end of a row comes before the start of the next.
     x = hidden_states(1 if group_size == "batch" else 2, 24, 8)
-    before = apply(moe, x)
+    key = jax.random.key(0)
+    before = apply(moe, x, key=key)
     for at in (1, 7, 13, 23):
-        after = apply(moe, changed_later(x, at))
+        after = apply(moe, changed_later(x, at), key=key)
         np.testing.assert_array_equal(after.outputs[:, :at], before.outputs[:, :at])
         assert at == 23 or (after.outputs[:, at:] != before.outputs[:, at:]).any()
     if dispatch != "ragged":

@@ -1,5 +1,6 @@
 """Agreement with st-moe-pytorch 0.1.8 to 2e-5 wherever it is right; both numbers wherever it is not."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -13,11 +14,15 @@ from moe_jax import (
     RouterInputs,
     SparseMoEBlock,
     TopN,
+    balance_loss,
     block_from_torch,
     moe_from_torch,
+    router_totals,
+    router_z_loss,
+    token_groups,
 )
 from moe_jax.noise import RouterNoise
-from tests.moe.support import apply, parity_case, with_prefix
+from tests.moe.support import apply, assign_slots, parity_case, with_prefix
 
 TOLERANCE = 2e-5
 CASES = [
@@ -25,9 +30,11 @@ CASES = [
     "moe_e4_top2_eval",
     "moe_e6_top3_train",
     "moe_overflow_train",
+    "moe_overflow_eval",
     "moe_threshold_train",
     "moe_no_straight_through_train",
     "moe_block_e4_top2_train",
+    "moe_block_e4_top2_eval",
 ]
 
 
@@ -139,28 +146,44 @@ def test_balance_loss_differs_once_capacity_cut_it(case: str, original: float, o
     np.testing.assert_allclose(out.balance_loss, ours, rtol=1e-4)
 
 
-def test_noised_weights_differ():
-    """The original weights outputs with noised probabilities; here noise only decides who is chosen."""
-    probs, noised = jnp.asarray([[0.6, 0.3, 0.1]]), jnp.asarray([[0.3, 0.5, 0.2]])
-    chosen = TopN(policy_train="all").choose(
-        RouterInputs(logits_te=jnp.log(probs), selection_logits_te=jnp.log(noised), mask_t=jnp.ones(1, bool)),
-        train=True,
-    )
-    np.testing.assert_array_equal(chosen.expert_index_ta, [[1, 0]])
-    original = noised[0, :2][::-1] / 0.8
-    np.testing.assert_allclose(original, [0.625, 0.375], rtol=1e-6)
-    np.testing.assert_allclose(chosen.gate_ta, [[1 / 3, 2 / 3]], rtol=1e-6)
+def recorded_router(name: str) -> tuple[RouterInputs, dict[str, np.ndarray]]:
+    """The logits of a recorded call of the original's router, and what it gave."""
+    _, arrays = parity_case(name)
+    logits_te = jnp.asarray(arrays["x"][0] @ arrays["to_gates"].T)
+    mask_t = jnp.ones(len(logits_te), bool)
+    return RouterInputs(logits_te=logits_te, selection_logits_te=logits_te, mask_t=mask_t), arrays
+
+
+def test_noised_weights_and_balance_loss_differ():
+    """The original weights with noised probabilities and balances them; here noise only decides who is chosen."""
+    inputs, arrays = recorded_router("gate_noised_train")
+    noised = dataclasses.replace(inputs, selection_logits_te=inputs.logits_te + arrays["noise"][0])
+    chosen = TopN(policy_train="all").choose(noised, train=True)
+    original_te = arrays["combine"][0].sum(-1)
+    original_ta = np.take_along_axis(original_te, np.asarray(chosen.expert_index_ta), axis=1)
+    # The same experts, weighted otherwise.
+    np.testing.assert_array_equal((original_te > 0).sum(1), 2)
+    assert (original_ta > 0).all()
+    np.testing.assert_allclose(original_ta[:2], [[0.50071, 0.49929], [0.82723, 0.17277]], atol=1e-5)
+    np.testing.assert_allclose(chosen.gate_ta[:2], [[0.30830, 0.69170], [0.47789, 0.52211]], atol=1e-5)
+    groups = token_groups(noised.mask_t, 12, "batch")
+    routing = assign_slots(chosen, groups, num_experts=4, capacity_factor=None)
+    totals = router_totals(noised.logits_te, chosen, routing, noised.mask_t)
+    np.testing.assert_allclose(arrays["balance_loss"], 1.05351, rtol=1e-5)
+    np.testing.assert_allclose(balance_loss(totals), 0.99582, rtol=1e-5)
+    # The router z-loss is of un-noised logits in both.
+    np.testing.assert_allclose(router_z_loss(totals), arrays["router_z_loss"], rtol=TOLERANCE)
 
 
 def test_evaluation_is_deterministic_where_the_original_draws():
-    """At gate 0.3 and threshold 0.6 the original keeps the second choice half of the time, evaluation or not."""
-    share = jnp.log(jnp.asarray([[0.7, 0.3]]))
-    inputs = RouterInputs(logits_te=share, selection_logits_te=share, mask_t=jnp.ones(1, bool))
-    original = float(jnp.mean(jax.random.uniform(jax.random.key(0), (4000,)) < 0.3 / 0.6))
-    assert 0.45 < original < 0.55
-    for threshold, taken in ((0.6, False), (0.25, True)):
+    """Evaluated twice at threshold 0.6, the original took the second choices of different tokens."""
+    inputs, arrays = recorded_router("gate_random_eval")
+    first, second = ((arrays[f"combine_{seed}"][0] > 0).sum((1, 2)) - 1 for seed in (1, 2))
+    np.testing.assert_array_equal(first, [1, 0, 0, 0, 1, 0, 1, 0, 1, 0, 1, 1])
+    np.testing.assert_array_equal(second, [1, 1, 0, 1, 1, 0, 0, 0, 1, 0, 1, 0])
+    for threshold, taken in ((0.6, [0] * 12), (0.35, [1, 1, 0, 0, 1, 0, 0, 0, 1, 0, 1, 1])):
         chosen = TopN(threshold_eval=threshold).choose(inputs, train=False)
-        assert bool(chosen.wanted_ta[0, 1]) is taken
+        np.testing.assert_array_equal(chosen.wanted_ta[:, 1], np.asarray(taken, bool))
 
 
 def test_thresholds_in_the_state_dict_are_not_read():

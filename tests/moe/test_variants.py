@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe_jax import ExpertChoice, FeedForward, MoE, TopN, upcycle, updated_router_bias
+from moe_jax import ExpertChoice, Experts, FeedForward, MoE, MoEConfig, TopN, upcycle, updated_router_bias
 from moe_jax.experts import initial_weights
 from tests.moe.support import apply, assert_trees_close, config, hidden_states, layer
 
@@ -71,6 +71,23 @@ def test_shared_experts_see_every_token():
     routed.router_de, routed.experts = moe.router_de, moe.experts
     x = hidden_states(2, 12, 8)
     np.testing.assert_allclose(apply(moe, x).outputs, apply(routed, x).outputs + moe.shared(x), atol=1e-6)
+
+
+def test_experts_by_hand_with_another_activation():
+    """Values times the activation of the gates, times the multiplicative bias; and the width of an expert."""
+    layer = Experts(2, 4, 3, rngs=nnx.Rngs(0), init="original", activation=jnp.tanh)
+    assert layer.mult_bias_ef is not None
+    assert layer.b_in_ef is not None
+    assert layer.b_out_ed is not None
+    layer.mult_bias_ef[...] = hidden_states(2, 3, seed=7)
+    x_ecd = hidden_states(2, 5, 4)
+    expected = []
+    for e in range(2):
+        values_cf, gates_cf = np.split(x_ecd[e] @ layer.w_in_edf[e] + layer.b_in_ef[e][None], 2, axis=1)
+        hidden_cf = values_cf * np.tanh(gates_cf) * np.asarray(layer.mult_bias_ef[e])[None]
+        expected.append(hidden_cf @ layer.w_out_efd[e] + layer.b_out_ed[e][None])
+    np.testing.assert_allclose(layer.batched(x_ecd), np.stack(expected), atol=1e-5)
+    assert [MoEConfig(dim=dim).expert_hidden for dim in (512, 32)] == [1365, 85]
 
 
 @pytest.mark.parametrize("bias", [True, False])

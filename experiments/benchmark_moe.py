@@ -1,0 +1,263 @@
+"""How fast a mixture of experts is against PyTorch's, against a dense layer, and as sequences and experts grow.
+
+    python -m experiments.benchmark_moe --sections dense sequence experts --output runs/benchmark_moe.json
+
+Every ratio is of things timed in turn in this one process. Sections `original` and `mixtral` need the `bench` extra. A
+section's results replace those of an earlier run in the same file; the other sections' stay.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import tyro
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+import moe_jax
+from experiments import moe_programs, moe_reference
+from experiments.measure import alternate
+from experiments.peak_memory import peak_memory
+from experiments.report import machine
+
+Section = Literal["original", "mixtral", "dense", "sequence", "experts"]
+Shape = tuple[int, int]
+OURS = "moe_jax"
+# Whether a call is a forward and backward in training, or a forward in evaluation.
+MODES = {"forward": False, "forward + backward": True}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Sizes of the benchmark; the defaults are the project's stated figures.
+
+    Attributes:
+      sections: what to measure.
+      dim: width of the hidden states.
+      num_experts: experts, where their number is not what varies. Two of them are active per token.
+      shapes: (batch, sequence) of the comparison with the original.
+      shape: (batch, sequence) of the comparisons with Mixtral and the dense layer.
+      lengths: of one sequence.
+      growing_experts: numbers of experts at the same tokens, the first being the base of the ratios.
+      growing_experts_shapes: (batch, sequence) of those tokens.
+      mixtral_experts: numbers of experts to compare with Mixtral at.
+      mixtral_hidden: hidden width of those experts.
+      memory: measure the peak memory of the comparison with the original, each call in a process of its own.
+      repeats: timed calls of each.
+      output: where the JSON goes.
+    """
+
+    sections: tuple[Section, ...] = ("original", "mixtral", "dense", "sequence", "experts")
+    dim: int = 512
+    num_experts: int = 16
+    shapes: tuple[Shape, ...] = ((4, 1024), (1, 4096), (1, 16384))
+    shape: Shape = (4, 1024)
+    lengths: tuple[int, ...] = (256, 1024, 4096, 16384)
+    growing_experts: tuple[int, ...] = (4, 16, 64, 128)
+    growing_experts_shapes: tuple[Shape, ...] = ((4, 1024), (1, 16384))
+    mixtral_experts: tuple[int, ...] = (4, 16, 64)
+    mixtral_hidden: int = 1368
+    memory: bool = True
+    repeats: int = 5
+    output: pathlib.Path = pathlib.Path("experiments/results/benchmark_moe.json")
+
+
+Row = dict[str, Any]
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Measures the sections asked for, prints each as it is done, and writes them into the JSON."""
+    config.output.parent.mkdir(parents=True, exist_ok=True)
+    measure: dict[str, Callable[[Config], Iterable[Row]]] = {
+        "original": against_original,
+        "mixtral": against_mixtral,
+        "dense": against_dense,
+        "sequence": over_sequence,
+        "experts": over_experts,
+    }
+    report: dict[str, Any] = json.loads(config.output.read_text()) if config.output.exists() else {}
+    for section in config.sections:
+        rows = list(measure[section](config))
+        _print(section, rows)
+        report[section] = {
+            "machine": machine() | {"cores": os.cpu_count()},
+            "versions": moe_reference.versions() if section in ("original", "mixtral") else {},
+            "config": dataclasses.asdict(config) | {"output": None},
+            "rows": rows,
+        }
+        config.output.write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def against_original(config: Config) -> Iterable[Row]:
+    """The original and `moe_jax` with the original's weights, slot order and dispatch gradient."""
+    for shape in config.shapes:
+        original = moe_reference.original_moe(config.dim, config.num_experts)
+        moe = moe_programs.like_original(original, config.dim, config.num_experts)
+        x = moe_programs.hidden_states(shape, config.dim)
+        for mode, backward in MODES.items():
+            out = moe_programs.routed(moe, x, train=backward)
+            calls = {
+                OURS: moe_programs.timed_call(moe, x, backward=backward),
+                "st-moe-pytorch": moe_reference.timed_call(original, np.asarray(x), backward=backward),
+            }
+            row = {
+                **_timed(calls, config.repeats, shape=shape, mode=mode),
+                "assignments": 2 * shape[0] * shape[1],
+                "kept": {
+                    OURS: _kept(out.metrics, x),
+                    "st-moe-pytorch": moe_reference.assignments_kept(original, np.asarray(x), train=backward),
+                },
+                "largest_difference": _difference(
+                    out.outputs, moe_reference.outputs(original, np.asarray(x), train=backward)
+                ),
+            }
+            if config.memory:
+                resident = sum(leaf.nbytes for leaf in jax.tree.leaves((moe, x)))
+                makers = {OURS: moe_programs.our_call, "st-moe-pytorch": moe_reference.original_call}
+                row["peak_bytes"] = {
+                    name: resident + peak_memory(make, config.dim, config.num_experts, shape, backward)
+                    for name, make in makers.items()
+                }
+                row["memory_over_ours"] = _over(row["peak_bytes"], OURS)
+            yield row
+
+
+def against_mixtral(config: Config) -> Iterable[Row]:
+    """Dropless dispatch and Hugging Face's grouped products, with the same weights and no auxiliary loss."""
+    x = moe_programs.hidden_states(config.shape, config.dim)
+    for num_experts in config.mixtral_experts:
+        block = moe_reference.mixtral_block(config.dim, config.mixtral_hidden, num_experts)
+        moe = moe_programs.like_mixtral(moe_reference.weights(block))
+        for mode, backward in MODES.items():
+            calls = {
+                OURS: moe_programs.timed_call(moe, x, backward=backward),
+                "mixtral": moe_reference.timed_call(block, np.asarray(x), backward=backward),
+            }
+            out = moe_programs.routed(moe, x, train=backward)
+            yield {
+                **_timed(calls, config.repeats, shape=config.shape, mode=mode, experts=num_experts),
+                "largest_difference": _difference(
+                    out.outputs, moe_reference.outputs(block, np.asarray(x), train=backward)
+                ),
+            }
+
+
+def against_dense(config: Config) -> Iterable[Row]:
+    """One dense GEGLU twice as wide as an expert, and two experts per token with room for all their tokens."""
+    dense = moe_jax.FeedForward(
+        config.dim, 2 * moe_jax.MoEConfig(dim=config.dim).expert_hidden, rngs=nnx.Rngs(0), init="original"
+    )
+    x = moe_programs.hidden_states(config.shape, config.dim)
+    for mode, backward in MODES.items():
+        calls = {"dense": moe_programs.timed_call(dense, x, backward=backward)}
+        for dispatch in ("index", "ragged"):
+            moe = moe_programs.initial_layer(moe_programs.roomy_config(config.dim, config.num_experts, dispatch))
+            calls[dispatch] = moe_programs.timed_call(moe, x, backward=backward)
+        yield _timed(calls, config.repeats, base="dense", shape=config.shape, mode=mode)
+
+
+def over_sequence(config: Config) -> Iterable[Row]:
+    """One sequence, ever longer: how time and the program's working memory grow."""
+    for dispatch in ("index", "ragged"):
+        moe = moe_programs.initial_layer(moe_programs.roomy_config(config.dim, config.num_experts, dispatch))
+        for mode, backward in MODES.items():
+            inputs = {str(length): moe_programs.hidden_states((1, length), config.dim) for length in config.lengths}
+            programs = {name: moe_programs.compiled(moe, x, backward=backward) for name, x in inputs.items()}
+            calls = {
+                name: moe_programs.timed_call(moe, inputs[name], backward=backward, program=program)
+                for name, program in programs.items()
+            }
+            row = _timed(calls, config.repeats, base=str(config.lengths[0]), dispatch=dispatch, mode=mode)
+            scratch = {name: program.memory_analysis().temp_size_in_bytes for name, program in programs.items()}
+            yield row | {
+                "time_exponent": _exponent(row["milliseconds_min"]),
+                "scratch_bytes": scratch,
+                "memory_exponent": _exponent(scratch),
+            }
+
+
+def over_experts(config: Config) -> Iterable[Row]:
+    """The same tokens on ever more experts, two of them active per token: what the experts' number costs."""
+    for shape in config.growing_experts_shapes:
+        x = moe_programs.hidden_states(shape, config.dim)
+        for dispatch in ("index", "ragged"):
+            layers = {
+                str(number): moe_programs.initial_layer(moe_programs.roomy_config(config.dim, number, dispatch))
+                for number in config.growing_experts
+            }
+            for mode, backward in MODES.items():
+                calls = {name: moe_programs.timed_call(moe, x, backward=backward) for name, moe in layers.items()}
+                base = str(config.growing_experts[0])
+                yield _timed(calls, config.repeats, base=base, shape=shape, dispatch=dispatch, mode=mode)
+
+
+def _kept(metrics: moe_jax.Metrics, x: jax.Array) -> int:
+    return round(float((metrics.wanted_a * (1 - metrics.dropped_a)).sum()) * x.shape[0] * x.shape[1])
+
+
+def _difference(ours: jax.Array, theirs: np.ndarray) -> float:
+    return float(np.abs(np.asarray(ours) - theirs).max())
+
+
+def _timed(calls: Mapping[str, Callable[[int], Any]], repeats: int, *, base: str = OURS, **what: Any) -> Row:
+    """Milliseconds by name, and each time over that of `base`, repeat by repeat and by the fastest repeats."""
+    seconds, _ = alternate(calls, repeats=repeats)
+    times = {name: np.asarray(values) * 1e3 for name, values in seconds.items()}
+    fastest = {name: float(values.min()) for name, values in times.items()}
+    return {
+        **what,
+        "base": base,
+        "milliseconds_min": fastest,
+        "milliseconds_median": {name: float(np.median(values)) for name, values in times.items()},
+        "over_base_median": {name: float(np.median(values / times[base])) for name, values in times.items()},
+        "over_base_of_minima": _over(fastest, base),
+    }
+
+
+def _over(values: Mapping[str, float], base: str) -> dict[str, float]:
+    return {name: value / values[base] for name, value in values.items()}
+
+
+def _exponent(by_length: Mapping[str, float]) -> float:
+    """Slope of the logarithms: 1 is linear."""
+    lengths = [float(length) for length in by_length]
+    return float(np.polyfit(np.log(lengths), np.log(list(by_length.values())), 1)[0])
+
+
+def _print(section: str, rows: list[Row]) -> None:
+    names = list(rows[0]["milliseconds_min"])
+    title = f"{section}: fastest (median) milliseconds, median ratio to {rows[0]['base']}"
+    table = Table("what", "mode", *names, "also", title=title)
+    for row in rows:
+        what = ", ".join(f"{key} {row[key]}" for key in ("shape", "experts", "dispatch") if key in row)
+        best, median, ratio = (row[key] for key in ("milliseconds_min", "milliseconds_median", "over_base_median"))
+        cells = (f"{best[name]:.1f} ({median[name]:.1f}) {ratio[name]:.2f} ×" for name in names)
+        table.add_row(what, row["mode"], *cells, _also(row))
+    Console().print(table)
+
+
+def _also(row: Row) -> str:
+    """What is known of a row besides its times, in words."""
+    words = []
+    if "kept" in row:
+        words.append(f"kept {row['kept']} of {row['assignments']}")
+    if "largest_difference" in row:
+        words.append(f"outputs differ by {row['largest_difference']:.1e} at most")
+    if "memory_over_ours" in row:
+        words.append(f"memory {max(row['memory_over_ours'].values()):.2f} ×")
+    if "time_exponent" in row:
+        words.append(f"exponent of time {row['time_exponent']:.2f}, of memory {row['memory_exponent']:.2f}")
+    return "; ".join(words)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
