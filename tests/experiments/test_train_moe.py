@@ -27,6 +27,8 @@ from tests.experiments.runs import tiny_config, train
 
 TARGET = DecoderConfig(dim=16, depth=2, heads=1, dim_head=16, ff_mult=2)
 EXPERTS = ExpertsConfig(num_experts=4, hidden=8)
+# New routers are undecided, so that every second expert passes the usual threshold: of these, half do, by chance.
+BY_CHANCE = dataclasses.replace(EXPERTS, threshold=1.0)
 
 
 def moe_config(folder: pathlib.Path, **changes: Any) -> train_moe.TrainMoEConfig:
@@ -87,7 +89,7 @@ def test_generation(run):
 @pytest.mark.slow
 def test_resuming_continues_bit_for_bit(tmp_path):
     """With random second experts, whose draws must be the same after a resume."""
-    common: dict[str, Any] = {"schedule": "constant", "sample_every": 0}
+    common: dict[str, Any] = {"schedule": "constant", "sample_every": 0, "experts": BY_CHANCE}
     whole = moe_config(tmp_path, steps=8, output=tmp_path / "whole", **common)
     half = moe_config(tmp_path, steps=4, output=tmp_path / "halves", **common)
     for config in (whole, half, dataclasses.replace(half, steps=8, resume=True)):
@@ -98,8 +100,8 @@ def test_resuming_continues_bit_for_bit(tmp_path):
 
 def test_loss_functions():
     """Training draws by the batch, validation does not draw; the draft changes nothing in the target."""
-    config = train_moe.TrainMoEConfig(target=TARGET, draft=dataclasses.replace(TARGET, depth=1), experts=EXPERTS)
-    models = train_moe.make_models(config)
+    config = train_moe.TrainMoEConfig(target=TARGET, draft=dataclasses.replace(TARGET, depth=1), experts=BY_CHANCE)
+    models = jax.jit(lambda: train_moe.make_models(config))()
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 33)), jnp.int32)
     losses = {train: jax.jit(train_moe.make_loss_fn(config, train=train)) for train in (True, False)}
     (total, reports), (validation, quiet) = (losses[train](models, tokens) for train in (True, False))
@@ -108,11 +110,11 @@ def test_loss_functions():
     np.testing.assert_allclose(total, sum(reports[part] for part in parts), rtol=1e-6)
     assert float(other["target_loss"]) != float(reports["target_loss"])
     assert float(quiet["aux/balance"]) == float(quiet["aux/router_z"]) == 0 < float(reports["aux/balance"])
-    logits = models["target"](tokens[:, :-1]).logits
+    logits = jax.jit(lambda target: target(tokens[:, :-1]).logits)(models["target"])
     expected = spec_jax.losses.next_token_loss(logits, tokens[:, 1:])
     np.testing.assert_allclose(quiet["target_loss"], expected, rtol=1e-5)
     np.testing.assert_allclose(validation, expected + quiet["draft_loss"], rtol=1e-5)
-    gradient = jax.grad(lambda models: train_moe.make_loss_fn(config)(models, tokens)[0])
+    gradient = jax.jit(jax.grad(lambda models: train_moe.make_loss_fn(config)(models, tokens)[0]))
     swapped = models | {"draft": jax.tree.map(jnp.zeros_like, models["draft"])}
     jax.tree.map(np.testing.assert_array_equal, gradient(models)["target"], gradient(swapped)["target"])
 
@@ -143,7 +145,9 @@ def test_presets_change_one_thing():
         assert config == dataclasses.replace(base, output=config.output, experts=experts)
         assert experts != base.experts
         described = jax.eval_shape(lambda config=config: train_moe.models_of(json.loads(json.dumps(as_json(config)))))
-        assert described == jax.eval_shape(lambda config=config: train_moe.make_models(config))
+        made = jax.eval_shape(lambda config=config: train_moe.make_models(config))
+        assert jax.tree.structure(described) == jax.tree.structure(made)
+        assert [leaf.shape for leaf in jax.tree.leaves(described)] == [leaf.shape for leaf in jax.tree.leaves(made)]
 
 
 @pytest.mark.slow
