@@ -100,20 +100,21 @@ def decoded_alone(target: Decoder, row: int) -> DecodeResult:
 
 @pytest.mark.slow
 def test_rows_decoded_alone():
-    """Eight rows one by one, against 64 together; with a capacity over the batch most of them come out otherwise."""
+    """Eight rows one by one, against 64 together; with a capacity over the batch, not so those served last."""
     rows = range(0, BATCH, 8)
-    for target, fewest, most in ((sparse_decoder(), 0, 0), (sparse_decoder(group_size="batch", **CAPACITY), 5, 8)):
+    for target, fewest, most in ((sparse_decoder(), 0, 0), (sparse_decoder(group_size="batch", **CAPACITY), 2, 8)):
         together = base_decoding(target, PROMPTS, **arguments())
         different = sum(bool((decoded_alone(target, row).tokens[0] != together.tokens[row]).any()) for row in rows)
         assert fewest <= different <= most
 
 
 def test_a_token_gets_nothing_of_others():
-    """Not of other rows and not of later positions, in the logits; with a capacity it does."""
+    """Not of other rows and not of later positions, in the logits; with a capacity it does: slots go to the rows in
+    their order, so that the last one gets what is left."""
     tokens = random_tokens(6, 20)
-    changed = tokens.at[1:].set(random_tokens(5, 20, seed=4)).at[0, 12:].set(random_tokens(8, seed=5))
+    changed = tokens.at[:-1].set(random_tokens(5, 20, seed=4)).at[-1, 12:].set(random_tokens(8, seed=5))
     for target, equal in ((sparse_decoder(), True), (sparse_decoder(group_size="batch", **CAPACITY), False)):
-        first, second = (logits_of(target, x)[0, :12] for x in (tokens, changed))
+        first, second = (logits_of(target, x)[-1, :12] for x in (tokens, changed))
         assert np.allclose(first, second, atol=1e-4) is equal
 
 
