@@ -236,7 +236,7 @@ def panels(results: Sequence[Result]) -> list[list[Panel]]:
         sheet.append(
             [
                 Panel(
-                    f"Load of each expert, {layer}", "training step", "share of assignments",
+                    f"Load of each expert, {layer.replace('layer', 'layer ')}", "training step", "share of assignments",
                     {name.removeprefix("expert"): curve for name, curve in experts.items()},
                     {}, level=1 / len(experts), bottom=0.0, own_legend=True,
                 )
@@ -244,12 +244,22 @@ def panels(results: Sequence[Result]) -> list[list[Panel]]:
             ]
         )  # fmt: skip
         dropped = {
-            f"{rank.replace('rank', 'choice ')}, capacity {PRESETS[name][1].experts.capacity_factor:g}": curve
+            f"choice {rank.removeprefix('rank')}, {PRESETS[name][1].experts.capacity_factor:g}": curve
             for name, result in (("cpu", sparse), (f"cpu-{WIDER}", by_name.get(WIDER)))
             if result is not None
             for rank, curve in result.dropped.items()
         }
-        sheet[-1].append(Panel("Dropped", "training step", "share dropped", dropped, {}, bottom=0.0, own_legend=True))
+        sheet[-1].append(
+            Panel(
+                "Dropped, by capacity factor",
+                "training step",
+                "share dropped",
+                dropped,
+                {},
+                bottom=0.0,
+                own_legend=True,
+            )
+        )
     return sheet
 
 

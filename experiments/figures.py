@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 Points = Sequence[tuple[float, float]]
+# Lines of more points than this are drawn without markers.
+MANY_POINTS = 15
 
 
 def save_loss_curves(path: pathlib.Path, training: Mapping[str, Points], validation: Mapping[str, Points]) -> None:
@@ -113,11 +115,14 @@ def save_panels(path: pathlib.Path, grid: Sequence[Sequence[Panel]]) -> None:
                 axes.axhline(panel.level, color="0.6", linewidth=1)
             for name, points in panel.lines.items():
                 colour = colours.setdefault(name, f"C{len(colours)}")
-                (handles[name],) = axes.plot(*_columns(points), color=colour, marker="o", markersize=3, linewidth=1.5)
+                marker = "o" if len(points) <= MANY_POINTS else ""
+                (handles[name],) = axes.plot(
+                    *_columns(points), color=colour, marker=marker, markersize=3, linewidth=1.5
+                )
             for name, points in panel.dashed.items():
                 axes.plot(*_columns(points), color=colours.get(name, "0.5"), linestyle="--", linewidth=1)
             axes.set_ylim(bottom=panel.bottom)
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
             if panel.own_legend:
                 axes.legend(handles.values(), handles.keys(), fontsize=7, ncols=2, frameon=False)
     if shared_handles:
