@@ -253,7 +253,9 @@ def _also(row: Row) -> str:
     if "largest_difference" in row:
         words.append(f"outputs differ by {row['largest_difference']:.1e} at most")
     if "memory_over_ours" in row:
-        words.append(f"memory {max(row['memory_over_ours'].values()):.2f} ×")
+        words += [
+            f"{name}: {ratio:.2f} × the memory" for name, ratio in row["memory_over_ours"].items() if name != OURS
+        ]
     if "time_exponent" in row:
         words.append(f"exponent of time {row['time_exponent']:.2f}, of memory {row['memory_exponent']:.2f}")
     return "; ".join(words)

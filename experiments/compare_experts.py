@@ -134,8 +134,8 @@ def training_flops(config: TrainMoEConfig) -> float:
     target = jax.eval_shape(lambda: train_moe.make_models(config))["target"]
     tokens = jax.ShapeDtypeStruct((config.batch_size, config.sequence_length + 1), jnp.int32)
     # Counted before compiling, where every product is still written out.
-    total = jax.jit(jax.grad(loss)).lower(target, tokens).cost_analysis()["flops"]
-    return total / (config.batch_size * config.sequence_length)
+    counts: Any = jax.jit(jax.grad(loss)).lower(target, tokens).cost_analysis()
+    return counts["flops"] / (config.batch_size * config.sequence_length)
 
 
 def result_of(variant: str, config: TrainMoEConfig) -> Result:

@@ -9,7 +9,8 @@ import numpy as np
 from rich.console import Console
 
 from experiments import check_resume, train_draft
-from experiments.session import run
+from experiments.config import RunConfig
+from experiments.session import Task, run
 
 
 def tiny_text(folder: pathlib.Path) -> pathlib.Path:
@@ -33,10 +34,13 @@ def tiny_config(folder: pathlib.Path, **changes) -> train_draft.TrainDraftConfig
     return dataclasses.replace(config, **changes)
 
 
-def train(config: train_draft.TrainDraftConfig, task=None) -> tuple[int, str]:
+def train(config: RunConfig, task: Task | None = None) -> tuple[int, str]:
     """The exit code, and what was printed."""
     console = Console(file=io.StringIO(), width=120)
-    code = run(config, task or train_draft.task(config), console)
+    if task is None:
+        assert isinstance(config, train_draft.TrainDraftConfig)
+        task = train_draft.task(config)
+    code = run(config, task, console)
     assert isinstance(console.file, io.StringIO)
     return code, console.file.getvalue()
 

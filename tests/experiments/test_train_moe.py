@@ -23,6 +23,7 @@ from experiments.generate import GenerateConfig, generate, load_run
 from experiments.metrics import read_metrics
 from experiments.samples import ByteText
 from spec_jax import DecoderConfig
+from spec_jax.losses import next_token_loss
 from tests.experiments.runs import tiny_config, train
 
 TARGET = DecoderConfig(dim=16, depth=2, heads=1, dim_head=16, ff_mult=2)
@@ -33,8 +34,9 @@ BY_CHANCE = dataclasses.replace(EXPERTS, threshold=1.0)
 
 def moe_config(folder: pathlib.Path, **changes: Any) -> train_moe.TrainMoEConfig:
     tiny = tiny_config(folder)
-    shared = shared_fields(tiny, train_moe.TrainMoEConfig) | {"target": TARGET, "draft": tiny.draft}
-    return train_moe.TrainMoEConfig(**shared | {"experts": EXPERTS} | changes)
+    shared: dict[str, Any] = shared_fields(tiny, train_moe.TrainMoEConfig)
+    shared |= {"target": TARGET, "draft": tiny.draft, "experts": EXPERTS}
+    return train_moe.TrainMoEConfig(**shared | changes)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +113,7 @@ def test_loss_functions():
     assert float(other["target_loss"]) != float(reports["target_loss"])
     assert float(quiet["aux/balance"]) == float(quiet["aux/router_z"]) == 0 < float(reports["aux/balance"])
     logits = jax.jit(lambda target: target(tokens[:, :-1]).logits)(models["target"])
-    expected = spec_jax.losses.next_token_loss(logits, tokens[:, 1:])
+    expected = next_token_loss(logits, tokens[:, 1:])
     np.testing.assert_allclose(quiet["target_loss"], expected, rtol=1e-5)
     np.testing.assert_allclose(validation, expected + quiet["draft_loss"], rtol=1e-5)
     gradient = jax.jit(jax.grad(lambda models: train_moe.make_loss_fn(config)(models, tokens)[0]))
