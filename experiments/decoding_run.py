@@ -98,6 +98,7 @@ def decoding_task(
     kind: str,
     make_models: Callable[[], Models],
     loss_fn: LossFn,
+    validation_loss_fn: LossFn | None = None,
 ) -> Task:
     """What `session.run` needs: coloured samples on the way, and the measured speed-up for gamma 1 to 8 at the end.
 
@@ -107,6 +108,7 @@ def decoding_task(
       kind: the run's name, kept in checkpoints.
       make_models: makes the models, by name.
       loss_fn: reports `target_loss` among others.
+      validation_loss_fn: the same on validation text, where that is another function.
     """
 
     def on_sample(models: Models, text: Text, done: int, console: Console) -> None:
@@ -149,4 +151,5 @@ def decoding_task(
         main_loss="target_loss",
         on_sample=on_sample,
         on_report=on_report,
+        validation_loss_fn=validation_loss_fn,
     )

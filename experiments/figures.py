@@ -81,6 +81,7 @@ class Panel:
       dashed: points of the same names, drawn dashed.
       level: a horizontal line to compare with, or None.
       bottom: where the vertical axis starts, or None.
+      own_legend: whether its names are its own: colours from the first on, and a legend inside.
     """
 
     title: str
@@ -90,17 +91,19 @@ class Panel:
     dashed: Mapping[str, Points]
     level: float | None = None
     bottom: float | None = None
+    own_legend: bool = False
 
 
 def save_panels(path: pathlib.Path, grid: Sequence[Sequence[Panel]]) -> None:
-    """A sheet of panels; a name has the same colour in all of them, and the legend stands below."""
+    """A sheet of panels; a name has the same colour in all of them, and their legend stands below."""
     rows, columns = len(grid), max(map(len, grid))
     figure = Figure(figsize=(3.3 * columns, 2.7 * rows), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    colours: dict[str, str] = {}
-    handles: dict[str, Any] = {}
+    shared_colours: dict[str, str] = {}
+    shared_handles: dict[str, Any] = {}
     for row, line in enumerate(grid):
         for column, panel in enumerate(line):
+            colours, handles = ({}, {}) if panel.own_legend else (shared_colours, shared_handles)
             axes = figure.add_subplot(rows, columns, row * columns + column + 1)
             axes.set(xlabel=panel.x, ylabel=panel.y)
             axes.set_title(panel.title, fontsize=9)
@@ -115,7 +118,12 @@ def save_panels(path: pathlib.Path, grid: Sequence[Sequence[Panel]]) -> None:
                 axes.plot(*_columns(points), color=colours.get(name, "0.5"), linestyle="--", linewidth=1)
             axes.set_ylim(bottom=panel.bottom)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)
+            if panel.own_legend:
+                axes.legend(handles.values(), handles.keys(), fontsize=7, ncols=2, frameon=False)
+    figure.legend(
+        shared_handles.values(), shared_handles.keys(),
+        loc="outside lower center", ncols=len(shared_handles), frameon=False,
+    )  # fmt: skip
     figure.savefig(path)
 
 

@@ -17,7 +17,7 @@ import tyro
 from rich.console import Console
 
 import spec_jax
-from experiments import train_draft, train_early_exit, train_prophet
+from experiments import train_draft, train_early_exit, train_moe, train_prophet
 from experiments.checkpoints import open_run
 from experiments.decoding_run import Strategy
 from experiments.output import LAYER_SKIP_FILE
@@ -29,7 +29,7 @@ DrafterName = Literal["trained", "ngram", "layer-skip", "none"]
 # By kind of run: the models that a configuration read from a checkpoint describes, weights not filled in; and how to
 # decode with them.
 KINDS: dict[str, tuple[Callable[[dict[str, Any]], Models], Strategy]] = {
-    kind.KIND: (kind.models_of, kind.STRATEGY) for kind in (train_draft, train_early_exit, train_prophet)
+    kind.KIND: (kind.models_of, kind.STRATEGY) for kind in (train_draft, train_early_exit, train_prophet, train_moe)
 }
 
 

@@ -33,6 +33,8 @@ class Task:
       main_loss: the report whose bits per byte the progress bar shows.
       on_sample: called with (models, text, steps done, console) every `sample_every` steps.
       on_report: called with (models, text, console, configuration) at the end.
+      validation_loss_fn: the loss on validation text, of a model that behaves otherwise in evaluation; None is
+        `loss_fn`.
     """
 
     kind: str
@@ -41,6 +43,7 @@ class Task:
     main_loss: str
     on_sample: Callable[[Models, Text, int, Console], None]
     on_report: Callable[[Models, Text, Console, dict[str, Any]], None]
+    validation_loss_fn: LossFn | None = None
 
 
 def run(config: RunConfig, task: Task, console: Console | None = None) -> int:
@@ -87,6 +90,7 @@ def run(config: RunConfig, task: Task, console: Console | None = None) -> int:
         loss_fn=task.loss_fn,
         main_loss=task.main_loss,
         on_sample=on_sample,
+        validation_loss_fn=task.validation_loss_fn,
     )
     console.print(f"[bold]{task.kind}[/] on {text.description} ({len(text):,} bytes), output in {config.output}")
     with StopRequest(console) as stop:

@@ -47,6 +47,7 @@ class Job:
       loss_fn: what it descends. The reports must be means over rows.
       main_loss: the report whose bits per byte the progress bar shows.
       on_sample: called with the models every `sample_every` steps.
+      validation_loss_fn: what is reported of validation text, where that is not `loss_fn`.
     """
 
     config: RunConfig
@@ -56,6 +57,7 @@ class Job:
     loss_fn: LossFn
     main_loss: str
     on_sample: Callable[[Models, int], None]
+    validation_loss_fn: LossFn | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +94,7 @@ class _Loop:
     def __init__(self, job: Job, instruments: Instruments) -> None:
         self.job, self.config, self.to = job, job.config, instruments
         self.step_fn = make_train_step(job.loss_fn, job.config.optimizer())
-        self.evaluate_fn = jax.jit(job.loss_fn)
+        self.evaluate_fn = jax.jit(job.validation_loss_fn or job.loss_fn)
         self.pending: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
         self.window: list[dict[str, float]] = []
         self.validation_bits = math.nan

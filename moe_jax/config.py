@@ -25,6 +25,8 @@ class MoEConfig:
       slot_order: who gets the slots: "token" (causal), "choice" or "priority"; see `assign_slots`.
       dispatch: "dense", "index" or "ragged". "ragged" is dropless: it ignores the capacity, unless the router is
         defined by it. "index" without a capacity is dropless too, but reserves a slot per token and expert.
+      dispatch_eval: the same, in evaluation; None is the same as in training. A decoder that trains with a capacity
+        and decodes with "ragged" gives each token what it gives it alone.
       straight_through: whether dispatching passes a gradient to the gates, as the original does.
       gumbel_noise: scale of the Gumbel noise on the logits that choose, in training.
       input_jitter: the logits that choose are computed from hidden states times uniform(1 - jitter, 1 + jitter), in
@@ -53,6 +55,7 @@ class MoEConfig:
     group_size: int | str = "sequence"
     slot_order: SlotOrder = "token"
     dispatch: Dispatch = "index"
+    dispatch_eval: Dispatch | None = None
     straight_through: bool = False
     gumbel_noise: float = 0.0
     input_jitter: float = 0.0
@@ -72,6 +75,7 @@ class MoEConfig:
         _at_least(self, 0, "min_capacity", "gumbel_noise", "balance_coef", "router_z_coef", "num_shared_experts")
         one_of("slot_order", self.slot_order, SLOT_ORDERS)
         one_of("dispatch", self.dispatch, DISPATCHES)
+        one_of("dispatch_eval", self.dispatch_in(train=False), DISPATCHES)
         one_of("init", self.init, ("paper", "original"))
         if isinstance(self.group_size, str):
             one_of("group_size", self.group_size, ("batch", "sequence"))
@@ -92,9 +96,13 @@ class MoEConfig:
         """F, the hidden width of an expert."""
         return int(self.dim * self.hidden_mult * 2 / 3) if self.hidden is None else self.hidden
 
+    def dispatch_in(self, *, train: bool) -> Dispatch:
+        """The dispatch in force."""
+        return self.dispatch if train or self.dispatch_eval is None else self.dispatch_eval
+
     def capacity_factor(self, *, train: bool) -> float | None:
         """The factor in force, None where nothing is dropped."""
-        if self.dispatch == "ragged" and not self.router.needs_capacity:
+        if self.dispatch_in(train=train) == "ragged" and not self.router.needs_capacity:
             return None
         return self.capacity_factor_train if train else self.capacity_factor_eval
 

@@ -96,7 +96,7 @@ class MoE(nnx.Module):
             x_td,
             routing,
             self.experts,
-            dispatch=self.config.dispatch,
+            dispatch=self.config.dispatch_in(train=train),
             straight_through=self.config.straight_through,
         )
         if self.shared is not None:

@@ -1,0 +1,283 @@
+"""What mixtures of experts gain over dense layers, and what each part of them is worth: one table, one figure.
+
+    python -m experiments.compare_experts --output runs/experts
+
+Trains the sparse decoder of `train_moe cpu`, a dense one of equal training FLOPs, a dense one of equal parameters, and
+the sparse one with one thing changed at a time: z-loss, threshold, capacity, extra feed-forward. All see the same text
+in the same batches, and are validated as they decode, with nothing dropped. What is trained is kept: a second start
+goes on where the first one ended.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from experiments import train_moe
+from experiments.expert_decoder import forward, num_parameters, sum_of
+from experiments.figures import Panel, save_panels
+from experiments.metrics import read_metrics
+from experiments.report import machine
+from experiments.runtime import exit_with, use_compilation_cache
+from experiments.session import finish
+from experiments.train_moe import PRESETS, VARIANTS, TrainMoEConfig
+from spec_jax.losses import bits_per_byte, next_token_loss
+
+SPARSE = "sparse"
+MAIN = (SPARSE, "equal-flops", "equal-parameters")
+WIDER = "capacity-2"
+LABELS = {SPARSE: "sparse", "equal-flops": "dense, equal FLOPs", "equal-parameters": "dense, equal parameters"}
+Curve = list[tuple[float, float]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """What to compare.
+
+    Attributes:
+      output: folder for the runs, the table and the figure.
+      variants: of `sparse` and the names of `train_moe.VARIANTS`.
+      steps: training steps of each; None is the preset's.
+      seeds: runs of each, with other weights and batches.
+      data: the text.
+    """
+
+    output: pathlib.Path = pathlib.Path("runs/experts")
+    variants: tuple[str, ...] = (SPARSE, *VARIANTS)
+    steps: int | None = None
+    seeds: int = 1
+    data: str = "stdlib"
+
+    def __post_init__(self) -> None:
+        known = (SPARSE, *VARIANTS)
+        if not self.variants:
+            raise ValueError("variants must have at least one name, got ()")
+        if unknown := [name for name in self.variants if name not in known]:
+            raise ValueError(f"variants must be of {', '.join(known)}, got {unknown[0]!r}")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if self.seeds < 1:
+            raise ValueError(f"seeds must be at least 1, got {self.seeds}")
+
+    def run(self, variant: str, seed: int) -> TrainMoEConfig:
+        """Configuration of one run."""
+        preset = PRESETS["cpu" if variant == SPARSE else f"cpu-{variant}"][1]
+        return dataclasses.replace(
+            preset,
+            data=self.data,
+            output=self.output / f"{variant}_{seed}",
+            seed=seed,
+            steps=preset.steps if self.steps is None else self.steps,
+            sample_every=0,
+            report=False,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What came of one run. Curves are (step, value).
+
+    Attributes:
+      variant: its name.
+      seed: of its weights and batches.
+      parameters: of the target.
+      flops_per_token: of a training step of the target.
+      tokens_per_step: tokens predicted in a step.
+      bits: bits per byte on validation text.
+      dropped: share of the assignments of each rank that capacity refused, mean over the layers.
+      load: share of the assignments asked of each expert, by layer and expert.
+    """
+
+    variant: str
+    seed: int
+    parameters: int
+    flops_per_token: float
+    tokens_per_step: int
+    bits: Curve
+    dropped: dict[str, Curve]
+    load: dict[str, dict[str, Curve]]
+
+    def late(self, curve: Curve) -> float:
+        """Mean over the last quarter of the run."""
+        return float(np.mean([value for step, value in curve if step > 0.75 * curve[-1][0]]))
+
+    @property
+    def imbalance(self) -> float | None:
+        """Load of the fullest expert over the mean load, late in the run, in the worst layer."""
+        if not self.load:
+            return None
+        return max(max(map(self.late, experts.values())) * len(experts) for experts in self.load.values())
+
+
+def training_flops(config: TrainMoEConfig) -> float:
+    """Floating-point operations per token of the target's loss and gradient, as XLA counts them in the program.
+
+    The slots of the experts count whether filled or not. The draft and the optimiser are left out.
+    """
+
+    def loss(target: Any, tokens_bt: jax.Array) -> jax.Array:
+        logits, outputs = forward(target, tokens_bt[:, :-1], train=True, key=jax.random.key(0))
+        aux = sum_of(out.total_aux_loss for out in outputs.values())
+        return next_token_loss(logits, tokens_bt[:, 1:]) + aux
+
+    target = jax.eval_shape(lambda: train_moe.make_models(config))["target"]
+    tokens = jax.ShapeDtypeStruct((config.batch_size, config.sequence_length + 1), jnp.int32)
+    # Counted before compiling, where every product is still written out.
+    total = jax.jit(jax.grad(loss)).lower(target, tokens).cost_analysis()["flops"]
+    return total / (config.batch_size * config.sequence_length)
+
+
+def result_of(variant: str, config: TrainMoEConfig) -> Result:
+    """Reads a finished run's metrics."""
+    records = read_metrics(config.output)
+
+    def curve(*names: str) -> Curve:
+        """The mean of these metrics."""
+        found = [(r["step"], float(np.mean([r[name] for name in names]))) for r in records if names[0] in r]
+        return [(float(step), value) for step, value in found]
+
+    names = sorted({name for record in records for name in record if name.startswith("train/")})
+    ranks = sorted({name.split("/")[-1] for name in names if name.startswith("train/dropped/")})
+    load: dict[str, dict[str, Curve]] = {}
+    for name in names:
+        if name.startswith("train/load/"):
+            _, _, layer, expert = name.split("/")
+            load.setdefault(layer, {})[expert] = curve(name)
+    models = jax.eval_shape(lambda: train_moe.make_models(config))
+    return Result(
+        variant=variant,
+        seed=config.seed,
+        parameters=num_parameters(models["target"]),
+        flops_per_token=training_flops(config),
+        tokens_per_step=config.tokens_per_step,
+        bits=[(step, bits_per_byte(loss)) for step, loss in curve("validation/target_loss")],
+        dropped={
+            rank: curve(*(n for n in names if n.startswith("train/dropped/") and n.endswith(rank))) for rank in ranks
+        },
+        load=load,
+    )
+
+
+def run_all(config: CompareConfig, console: Console) -> list[Result]:
+    """Trains what is not trained yet, and reads all of it."""
+    results = []
+    for seed in range(config.seeds):
+        for variant in config.variants:
+            run = config.run(variant, seed)
+            if code := finish(run, train_moe.task(run), console):
+                raise SystemExit(code)
+            results.append(result_of(variant, run))
+            # A process may map only so much memory, and each compiled program maps some.
+            jax.clear_caches()
+    return results
+
+
+COLUMNS = ("variant", "bits/byte", "parameters", "MFLOP/byte", "dropped, 1st", "dropped, 2nd", "fullest expert")
+
+
+def table_rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
+    """The cells of `COLUMNS` for each variant: means over the seeds, and the range of the loss."""
+    rows = []
+    for variant in dict.fromkeys(result.variant for result in results):
+        runs = [result for result in results if result.variant == variant]
+        bits = [run.bits[-1][1] for run in runs]
+        spread = f" ({min(bits):.3f} to {max(bits):.3f})" if len(bits) > 1 else ""
+        dropped = [
+            f"{np.mean([run.late(run.dropped[rank]) for run in runs]):.1%}" if rank in runs[0].dropped else ""
+            for rank in ("rank1", "rank2")
+        ]
+        imbalance = [run.imbalance for run in runs if run.imbalance is not None]
+        rows.append(
+            (
+                LABELS.get(variant, variant),
+                f"{np.mean(bits):.3f}{spread}",
+                f"{runs[0].parameters / 1e6:.2f} M",
+                f"{runs[0].flops_per_token / 1e6:.2f}",
+                *dropped,
+                f"{np.mean(imbalance):.2f} ×" if imbalance else "",
+            )
+        )
+    return rows
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """The table, for a README."""
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def panels(results: Sequence[Result]) -> list[list[Panel]]:
+    """Loss against steps and FLOPs of the three that are compared; load and drops of the sparse one; of one seed."""
+    by_name = {result.variant: result for result in results if result.seed == 0}
+    main = {LABELS[name]: by_name[name] for name in MAIN if name in by_name}
+    steps = {label: result.bits for label, result in main.items()}
+    flops = {
+        label: [(step * run.tokens_per_step * run.flops_per_token / 1e12, bits) for step, bits in run.bits]
+        for label, run in main.items()
+    }
+    loss = "validation bits per byte"
+    line = [
+        Panel("Loss against steps", "training step", loss, steps, {}),
+        Panel("Loss against computation", "training TFLOP", loss, flops, {}),
+    ]
+    sheet = [line]
+    if (sparse := by_name.get(SPARSE)) is not None:
+        sheet.append(
+            [
+                Panel(
+                    f"Load of each expert, {layer}", "training step", "share of assignments",
+                    {name.removeprefix("expert"): curve for name, curve in experts.items()},
+                    {}, level=1 / len(experts), bottom=0.0, own_legend=True,
+                )
+                for layer, experts in list(sparse.load.items())[-1:]
+            ]
+        )  # fmt: skip
+        dropped = {
+            f"{rank.replace('rank', 'choice ')}, capacity {PRESETS[name][1].experts.capacity_factor:g}": curve
+            for name, result in (("cpu", sparse), (f"cpu-{WIDER}", by_name.get(WIDER)))
+            if result is not None
+            for rank, curve in result.dropped.items()
+        }
+        sheet[-1].append(Panel("Dropped", "training step", "share dropped", dropped, {}, bottom=0.0, own_legend=True))
+    return sheet
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Reads the command line, trains and writes."""
+    config = tyro.cli(CompareConfig, args=arguments, description=__doc__)
+    console = Console()
+    use_compilation_cache()
+    config.output.mkdir(parents=True, exist_ok=True)
+    results = run_all(config, console)
+    rows = table_rows(results)
+    table = Table(*COLUMNS, title="the same text and batches", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    first = config.run(config.variants[0], 0)
+    content = {
+        "machine": machine(),
+        "batch": [first.batch_size, first.sequence_length],
+        "steps": first.steps,
+        "runs": [dataclasses.asdict(result) for result in results],
+    }
+    (config.output / "experts.json").write_text(json.dumps(content, indent=1) + "\n")
+    (config.output / "experts.md").write_text(markdown(rows))
+    save_panels(config.output / "experts.png", panels(results))
+    console.print(f"experts.json, experts.md and experts.png are in {config.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    exit_with(main)
