@@ -4,6 +4,7 @@
 routes in evaluation and drops nothing: what the experts make of a token then depends on no other token, of its own row
 or another. Exact speculative decoding stands on that: a row that is scored five tokens at a time, beside whatever rows
 are there, must get what it gets alone and token by token.
+(Up to float rounding, which could swap two experts, or cross a threshold, that are as close as about 1e-6.)
 """
 
 from __future__ import annotations

@@ -120,10 +120,11 @@ def save_panels(path: pathlib.Path, grid: Sequence[Sequence[Panel]]) -> None:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             if panel.own_legend:
                 axes.legend(handles.values(), handles.keys(), fontsize=7, ncols=2, frameon=False)
-    figure.legend(
-        shared_handles.values(), shared_handles.keys(),
-        loc="outside lower center", ncols=len(shared_handles), frameon=False,
-    )  # fmt: skip
+    if shared_handles:
+        figure.legend(
+            shared_handles.values(), shared_handles.keys(),
+            loc="outside lower center", ncols=len(shared_handles), frameon=False,
+        )  # fmt: skip
     figure.savefig(path)
 
 

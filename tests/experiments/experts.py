@@ -47,9 +47,11 @@ def _scaled(path: tuple, weight: jax.Array) -> jax.Array:
 
 
 @functools.cache
-def dense_draft(config: DecoderConfig = CONFIG, *, head_scale: float = 4.0) -> Decoder:
+def dense_draft(
+    config: DecoderConfig = CONFIG, experts: ExpertsConfig = EXPERTS, *, head_scale: float = 4.0
+) -> Decoder:
     """A dense decoder with the target's weights but in place of the mixtures: a draft that has learnt a part."""
-    target = sparse_decoder(config, head_scale=head_scale)
+    target = sparse_decoder(config, experts, head_scale=head_scale)
     known = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(target)}
     draft = random_weights(1, nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))), head_scale=head_scale)
 

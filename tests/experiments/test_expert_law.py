@@ -1,0 +1,108 @@
+"""The law of whole sequences of a decoder with experts is its own, by exact enumeration, as in tests/spec/test_law.
+
+The law is enumerated from one uncached forward, which drops nothing. Sequences are drawn 2,000 rows at a time, so that
+every token is routed beside thousands of others. Level: 6 cells at 0.001, each as a whole and for its worst row; with
+right code some cell fails in about one of a hundred choices of keys, and the keys are fixed.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import zlib
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.expert_decoder import ExpertsConfig
+from spec_jax import Decoder, DecoderConfig, Sampling, SmallModel, speculative_decoding
+from tests.experiments.experts import dense_draft, sparse_decoder
+from tests.spec.law_cells import FILTERS, NEW_TOKENS, PROMPT_LENGTHS, PROMPTS, SEQUENCES, VOCAB, Cell, tally
+from tests.spec.reference import Filters, Fit, fit, sequence_law
+from tests.spec.strategies import all_logits
+
+GAMMA, COPIES = 2, 125
+CONFIG = DecoderConfig(vocab_size=VOCAB, dim=8, depth=3, heads=1, dim_head=4, ff_mult=1)
+EXPERTS = ExpertsConfig(num_experts=3, hidden=6)
+ROWS = COPIES * len(PROMPTS)
+
+
+@functools.cache
+def target(**changes: Any) -> Decoder:
+    return sparse_decoder(CONFIG, EXPERTS, head_scale=1.5, **changes)
+
+
+def drawn(model: Decoder, rule: str, filters: Filters, eos_id: int | None) -> Cell:
+    """200,000 sequences: 2,000 rows under each of 100 keys, every prompt 125 times."""
+    drafter = SmallModel(dense_draft(CONFIG, EXPERTS, head_scale=1.5), gamma=GAMMA)
+    results = [
+        speculative_decoding(
+            model,
+            drafter,
+            np.tile(PROMPTS, (COPIES, 1)),
+            max_new_tokens=NEW_TOKENS,
+            key=key,
+            prompt_length=np.tile(PROMPT_LENGTHS, COPIES),
+            sampling=Sampling(temperature=filters.temperature, top_p=filters.top_p),
+            eos_id=eos_id,
+            pad_id=VOCAB,
+            verification=rule,
+        )
+        for key in jax.random.split(jax.random.key(zlib.crc32(f"{rule} {filters}".encode())), SEQUENCES // ROWS)
+    ]
+    together = jax.tree.map(lambda *x: np.concatenate(x), *results)
+    return tally(jax.tree.map(lambda x: x.reshape(-1, len(PROMPTS), *x.shape[1:]), together))
+
+
+@functools.cache
+def logits_after() -> dict[tuple[int, ...], np.ndarray]:
+    """The logits after each prompt and each output shorter than the whole."""
+    prompts = [tuple(row[:length].tolist()) for row, length in zip(PROMPTS, PROMPT_LENGTHS)]
+    outputs = [output for n in range(NEW_TOKENS) for output in itertools.product(range(VOCAB), repeat=n)]
+    return all_logits(target(), [prompt + output for prompt in prompts for output in outputs])
+
+
+def fits(cell: Cell, filters: Filters, eos_id: int | None) -> list[Fit]:
+    """Each prompt's sequences against the law of that prompt."""
+    laws = [
+        sequence_law(
+            logits_after().__getitem__, tuple(row[:length].tolist()), filters, new_tokens=NEW_TOKENS, eos_id=eos_id
+        )
+        for row, length in zip(PROMPTS, PROMPT_LENGTHS)
+    ]
+    return [fit(counts_o, law) for counts_o, law in zip(cell.counts_bo, laws, strict=True)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("filter_name", "eos_id"), [("temperature", 1), ("top_p", None)])
+@pytest.mark.parametrize("rule", ["rejection", "block", "coupled"])
+def test_whole_sequence_has_the_targets_law(rule: str, filter_name: str, eos_id: int | None, record_property):
+    filters = FILTERS[filter_name]
+    cell = drawn(target(), rule, filters, eos_id)
+    assert cell.counts_bo.sum() == SEQUENCES
+    rows = fits(cell, filters, eos_id)
+    whole, worst_row = sum(rows, Fit(0.0, 0)).p_value, min(row.p_value for row in rows) * len(rows)
+    record_property("p_values", f"{whole} {worst_row}")
+    record_property("accepted", f"{cell.accepted_per_round} {cell.standard_error}")
+    assert whole > 0.001
+    assert worst_row > 0.001
+    assert 0.02 < cell.accepted_per_round < 1.98, "a draft that is always or never right tests little"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group_size", ["batch", "sequence"])
+def test_routing_with_a_capacity_has_another_law(group_size: str, record_property):
+    """The same weights, routed with a capacity over what is read at once."""
+    broken = target(dispatch_eval="index", capacity_factor_eval=1.0, min_capacity=1, group_size=group_size)
+    filters = FILTERS["temperature"]
+    p_value = sum(fits(drawn(broken, "rejection", filters, 1), filters, 1), Fit(0.0, 0)).p_value
+    record_property("p_value", p_value)
+    assert p_value < 1e-6
+
+
+@pytest.mark.slow
+def test_another_temperature_has_another_law():
+    cell = drawn(target(), "rejection", Filters(temperature=0.75), 1)
+    assert sum(fits(cell, FILTERS["temperature"], 1), Fit(0.0, 0)).p_value < 1e-6
