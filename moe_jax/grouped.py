@@ -77,7 +77,8 @@ def _product_in_blocks(
         return _over_blocks(start, size, num_rows, block, product_sf), None
 
     starts_e = jnp.cumsum(sizes_e) - sizes_e
-    product_sf = jnp.zeros((rows_sd.shape[0], out_dim), rows_sd.dtype)
+    # Zeros like the rows, here and below: on a mesh they are another device's own, and so must a loop's start be.
+    product_sf = jnp.zeros_like(rows_sd, shape=(rows_sd.shape[0], out_dim))
     product_sf, _ = jax.lax.scan(group, product_sf, (weights_edf, starts_e, sizes_e))
     return product_sf[:num_rows]
 
@@ -99,7 +100,7 @@ def _outer_in_blocks(rows_sd: jax.Array, rows_sf: jax.Array, sizes_e: jax.Array)
                 rows_ld, rows_lf = jnp.where(inside_l1, rows_ld, 0), jnp.where(inside_l1, rows_lf, 0)
             return outer_df + jnp.matmul(rows_ld.T, rows_lf, preferred_element_type=outer_df.dtype)
 
-        total_df = jnp.zeros(dims, jnp.promote_types(dtype, jnp.float32))
+        total_df = jnp.zeros_like(rows_sf, jnp.promote_types(dtype, jnp.float32), shape=dims)
         return carry, _over_blocks(start, size, num_rows, block, total_df).astype(dtype)
 
     return jax.lax.scan(group, None, (jnp.cumsum(sizes_e) - sizes_e, sizes_e))[1]
