@@ -20,7 +20,16 @@ from experiments.output import prepare_output
 from experiments.progress import TrainingProgress
 from experiments.runtime import start_processes, use_compilation_cache
 from experiments.signals import StopRequest
-from experiments.train_state import LossFn, Models, TrainState, check_batch, device_mesh, local_copy, replicated
+from experiments.train_state import (
+    LossFn,
+    Models,
+    TrainState,
+    check_batch,
+    connect,
+    device_mesh,
+    local_copy,
+    replicated,
+)
 from experiments.training import Instruments, Job, restored_state, train
 from moe_jax import param_shardings
 
@@ -83,11 +92,14 @@ def run(config: RunConfig, task: Task, console: Console | None = None) -> int:
     """
     use_compilation_cache()
     start_processes(config)
+    mesh = device_mesh(config.expert_parallel)
+    if jax.process_count() > 1:
+        connect(mesh)
+        _wait_for_all("start")
     first_process = jax.process_index() == 0
     console = console or Console(quiet=not first_process)
     text = load_text(config.data)
     text.check(config.sequence_length)
-    mesh = device_mesh(config.expert_parallel)
     check_batch(config.batch_size, config.accumulation, mesh)
     configuration = {"kind": task.kind, "text": f"{text.name}, SHA-256 {text.fingerprint()}", **as_json(config)}
     if first_process:

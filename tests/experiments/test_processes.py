@@ -52,7 +52,7 @@ def logs(processes, folder):
 def together(tmp_path_factory):
     """Two processes of two devices, undisturbed."""
     folder = tmp_path_factory.mktemp("together")
-    config = tiny_config(folder, steps=STEPS, checkpoint_every=STEPS // 6, log_every=2)
+    config = tiny_config(folder, steps=STEPS, checkpoint_every=STEPS // 6, log_every=2, validate_every=STEPS)
     codes, outputs = finish(start(config, folder), folder)
     assert codes == [0, 0], outputs
     assert f"step {STEPS} of {STEPS}" in outputs[0]
@@ -62,7 +62,7 @@ def together(tmp_path_factory):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(together, tmp_path):
-    alone = tiny_config(tmp_path, steps=STEPS, checkpoint_every=STEPS, log_every=2)
+    alone = tiny_config(tmp_path, steps=STEPS, checkpoint_every=STEPS, log_every=2, validate_every=STEPS)
     codes, outputs = finish(start(alone, tmp_path, processes=1), tmp_path)
     assert codes == [0], outputs
     losses = [[r["train/loss"] for r in read_metrics(c.output) if "train/loss" in r] for c in (alone, together)]
@@ -73,7 +73,7 @@ def test_two_processes_train_as_one(together, tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_process_ends_the_others_and_the_run_resumes(together, tmp_path):
-    config = tiny_config(tmp_path, steps=STEPS, checkpoint_every=STEPS // 6, log_every=2)
+    config = tiny_config(tmp_path, steps=STEPS, checkpoint_every=STEPS // 6, log_every=2, validate_every=STEPS)
     processes = start(config, tmp_path)
     try:
         deadline = time.monotonic() + PATIENCE_SECONDS
