@@ -5,6 +5,7 @@ import io
 import os
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import numpy as np
@@ -203,7 +204,7 @@ def test_upcycling_starts_where_the_dense_run_ended(tmp_path):
     for name in ("target_loss", "draft_loss"):
         assert float(got[name]) == pytest.approx(float(expected[name]), rel=TOLERANCE)
     # The experts are what carries the loss: with fresh ones it is another.
-    fresh = train_moe.make_models(dataclasses.replace(config, upcycle_from=None))["target"]
+    fresh: Any = train_moe.make_models(dataclasses.replace(config, upcycle_from=None))["target"]
     target.blocks[1].feed_forward.block.moe.experts = fresh.blocks[1].feed_forward.block.moe.experts
     with jax.set_mesh(mesh):
         _, other = jax.jit(task.validation_loss_fn)(state.models, shard_rows(rows, mesh, axis=0))
