@@ -102,12 +102,13 @@ def run(config: RunConfig, task: Task, console: Console | None = None) -> int:
     text.check(config.sequence_length)
     check_batch(config.batch_size, config.accumulation, mesh)
     configuration = {"kind": task.kind, "text": f"{text.name}, SHA-256 {text.fingerprint()}", **as_json(config)}
-    if first_process:
+    # A run is read by all processes or none: Orbax lets those that open checkpoints wait for each other.
+    if first_process or config.resume:
         prepare_output(config.output, resume=config.resume, overwrite=config.overwrite)
-        if config.resume:
-            # Refused before the log is cut and before temporary folders of the old run are swept up.
-            with open_run(config.output) as checkpoints:
-                checkpoints.check(checkpoints.require_latest(), configuration)
+    if config.resume:
+        # Refused before the log is cut and before temporary folders of the old run are swept up.
+        with open_run(config.output) as checkpoints:
+            checkpoints.check(checkpoints.require_latest(), configuration)
     _wait_for_all("output")
 
     def on_sample(models: Models, done: int) -> None:
