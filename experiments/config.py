@@ -9,11 +9,12 @@ from typing import Any, Literal
 
 import optax
 
-# A run may be resumed with other values of these: they change what is kept or shown, not what is learnt. `data` is
-# a name; that it names the same bytes is checked by their digest.
+# A run may be resumed with other values of these: they change what is kept or shown, or who computes it, not what is
+# learnt. `data` is a name; that it names the same bytes is checked by their digest.
 MAY_CHANGE = frozenset(
     (
         *("data", "output", "resume", "overwrite", "wandb", "distributed", "coordinator", "processes", "process_index"),
+        *("expert_parallel", "fsdp"),
         *("log_every", "validate_every", "validation_batches", "sample_every", "checkpoint_every", "keep_checkpoints"),
         *("report", "report_repeats", "gamma", "verification", "temperature", "prompt_length", "generate_length"),
     )
@@ -51,6 +52,9 @@ class RunConfig:
       coordinator: host:port of process 0.
       processes: number of processes.
       process_index: which of them this one is.
+      expert_parallel: devices that experts are spread over; the others repeat them for other rows of the batch. Each
+        device has rows of its own if the batch divides among all, else these devices have the same rows.
+      fsdp: whether weights and optimiser states are spread over the devices of the batch as well.
     """
 
     data: str = "stdlib"
@@ -79,11 +83,13 @@ class RunConfig:
     coordinator: str | None = None
     processes: int | None = None
     process_index: int | None = None
+    expert_parallel: int = 1
+    fsdp: bool = False
 
     def __post_init__(self) -> None:
         at_least_one = (
             "steps", "batch_size", "accumulation", "sequence_length", "log_every", "validate_every",
-            "validation_batches", "checkpoint_every", "keep_checkpoints",
+            "validation_batches", "checkpoint_every", "keep_checkpoints", "expert_parallel",
         )  # fmt: skip
         for name in at_least_one:
             if (value := getattr(self, name)) < 1:

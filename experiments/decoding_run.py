@@ -17,7 +17,7 @@ from experiments.data import Text, batch_at
 from experiments.measure import measure_decoding
 from experiments.report import print_table, write_report
 from experiments.samples import print_samples
-from experiments.session import Task
+from experiments.session import Origin, Task
 from experiments.train_state import LossFn, Models
 
 GAMMAS = range(1, 9)
@@ -99,6 +99,7 @@ def decoding_task(
     make_models: Callable[[], Models],
     loss_fn: LossFn,
     validation_loss_fn: LossFn | None = None,
+    origin: Origin | None = None,
 ) -> Task:
     """What `session.run` needs: coloured samples on the way, and the measured speed-up for gamma 1 to 8 at the end.
 
@@ -109,6 +110,7 @@ def decoding_task(
       make_models: makes the models, by name.
       loss_fn: reports `target_loss` among others.
       validation_loss_fn: the same on validation text, where that is another function.
+      origin: where the weights come from, if not from `make_models`.
     """
 
     def on_sample(models: Models, text: Text, done: int, console: Console) -> None:
@@ -152,4 +154,5 @@ def decoding_task(
         on_sample=on_sample,
         on_report=on_report,
         validation_loss_fn=validation_loss_fn,
+        origin=origin,
     )

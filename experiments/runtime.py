@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
 
 import jax
@@ -13,11 +14,17 @@ from rich.text import Text
 
 from experiments.config import RunConfig
 from experiments.data import cache_folder
+from experiments.launch import COORDINATOR, PROCESS_INDEX, PROCESSES
 from experiments.training import NonFiniteLossError
 
+FAILED = 1
 BAD_INPUT = 2
 NOT_FINITE = 3
 INTERRUPTED = 130
+
+# A process not heard of for so long is taken for dead, and JAX ends the others. Most deaths show earlier, as broken
+# connections; this finds machines that are gone and processes that are stopped.
+HEARTBEAT_TIMEOUT_SECONDS = 30
 
 
 def use_compilation_cache() -> None:
@@ -28,31 +35,64 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
-def start_processes(config: RunConfig) -> None:
-    """Joins the other processes of the run, where there are any."""
-    if config.distributed:
-        jax.distributed.initialize(config.coordinator, config.processes, config.process_index)
+def start_processes(config: RunConfig | None = None) -> None:
+    """Joins the other processes of the run, where there are any.
+
+    They are named by the configuration, by the environment as `experiments.launch` sets it, or, with `distributed`
+    alone, by the cluster: JAX knows SLURM, Kubernetes, Open MPI and TPU pods.
+    """
+    coordinator, processes, index = os.environ.get(COORDINATOR), _integer(PROCESSES), _integer(PROCESS_INDEX)
+    if config is not None and config.distributed:
+        coordinator = config.coordinator or coordinator
+        processes = processes if config.processes is None else config.processes
+        index = index if config.process_index is None else config.process_index
+    elif processes is None:
+        return
+    # JAX would catch SIGTERM for a service of its own, before `StopRequest` and in scripts without one.
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.distributed.initialize(coordinator, processes, index, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_SECONDS)
+
+
+def _integer(variable: str) -> int | None:
+    """An environment variable's value, None where it is not set.
+
+    Raises:
+      ValueError: it is not an integer.
+    """
+    value = os.environ.get(variable)
+    if value is not None and not value.isdecimal():
+        raise ValueError(f"{variable} must be an integer, got {value!r}")
+    return None if value is None else int(value)
 
 
 def exit_with(main: Callable[[], int]) -> None:
     """Ends the process with what `main` returns, errors that a user can act on shown as one message.
 
-    Exit codes: 0 done; 2 bad input; 3 the loss was not finite; 130 SIGINT and 143 SIGTERM, both after a checkpoint
-    was saved (130 without one when Ctrl-C came twice, or outside training).
+    One of several processes ends at once after an error: if it left in order it would wait for the others, and they
+    for it. They lose their connections to it and fail in turn.
+
+    Exit codes: 0 done; 1 any other error; 2 bad input; 3 the loss was not finite; 130 SIGINT and 143 SIGTERM, both
+    after a checkpoint was saved (130 without one when Ctrl-C came twice, or outside training).
     """
     # Orbax tells every step of its work to absl's log.
     logging.getLogger("absl").setLevel(logging.ERROR)
-    console = Console(stderr=True)
     try:
-        code = main()
-    except NonFiniteLossError as error:
-        console.print(Text(f"error: {error}", style="red"))
-        code = NOT_FINITE
-    except ValueError as error:
-        console.print(Text(f"error: {error}", style="red"), soft_wrap=True)
-        if os.environ.get("SPEC_JAX_TRACEBACK"):
-            raise
-        code = BAD_INPUT
-    except KeyboardInterrupt:
-        code = INTERRUPTED
-    sys.exit(code)
+        sys.exit(main())
+    except (Exception, KeyboardInterrupt) as error:
+        code = _explained(error)
+        if jax.distributed.is_initialized():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        sys.exit(code)
+
+
+def _explained(error: BaseException) -> int:
+    """Prints what went wrong and returns the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    if not isinstance(error, ValueError) or os.environ.get("SPEC_JAX_TRACEBACK"):
+        traceback.print_exception(error)
+        return FAILED
+    Console(stderr=True).print(Text(f"error: {error}", style="red"), soft_wrap=True)
+    return NOT_FINITE if isinstance(error, NonFiniteLossError) else BAD_INPUT

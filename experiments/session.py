@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from rich.console import Console
 
 from experiments.checkpoints import Checkpoints, newest, open_run
@@ -18,8 +20,33 @@ from experiments.output import prepare_output
 from experiments.progress import TrainingProgress
 from experiments.runtime import start_processes, use_compilation_cache
 from experiments.signals import StopRequest
-from experiments.train_state import LossFn, Models, TrainState, check_batch, data_mesh, local_copy, replicated
+from experiments.train_state import (
+    LossFn,
+    Models,
+    TrainState,
+    check_batch,
+    connect,
+    device_mesh,
+    local_copy,
+    replicated,
+)
 from experiments.training import Instruments, Job, restored_state, train
+from moe_jax import param_shardings
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Another run, from whose models this one starts.
+
+    Attributes:
+      output: its folder.
+      models_of: the models that its configuration describes, with fresh weights.
+      convert: this run's models from them.
+    """
+
+    output: pathlib.Path
+    models_of: Callable[[Mapping[str, Any]], Models]
+    convert: Callable[[Models], Models]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,6 +62,7 @@ class Task:
       on_report: called with (models, text, console, configuration) at the end.
       validation_loss_fn: the loss on validation text, of a model that behaves otherwise in evaluation; None is
         `loss_fn`.
+      origin: where the weights come from, if `make_models` gives no more than their shapes.
     """
 
     kind: str
@@ -44,6 +72,7 @@ class Task:
     on_sample: Callable[[Models, Text, int, Console], None]
     on_report: Callable[[Models, Text, Console, dict[str, Any]], None]
     validation_loss_fn: LossFn | None = None
+    origin: Origin | None = None
 
 
 def run(config: RunConfig, task: Task, console: Console | None = None) -> int:
@@ -63,24 +92,29 @@ def run(config: RunConfig, task: Task, console: Console | None = None) -> int:
     """
     use_compilation_cache()
     start_processes(config)
+    mesh = device_mesh(config.expert_parallel)
+    if jax.process_count() > 1:
+        connect(mesh)
+        _wait_for_all("start")
     first_process = jax.process_index() == 0
     console = console or Console(quiet=not first_process)
     text = load_text(config.data)
     text.check(config.sequence_length)
-    mesh = data_mesh()
     check_batch(config.batch_size, config.accumulation, mesh)
     configuration = {"kind": task.kind, "text": f"{text.name}, SHA-256 {text.fingerprint()}", **as_json(config)}
-    if first_process:
+    # A run is read by all processes or none: Orbax lets those that open checkpoints wait for each other.
+    if first_process or config.resume:
         prepare_output(config.output, resume=config.resume, overwrite=config.overwrite)
-        if config.resume:
-            # Refused before the log is cut and before temporary folders of the old run are swept up.
-            with open_run(config.output) as checkpoints:
-                checkpoints.check(checkpoints.require_latest(), configuration)
+    if config.resume:
+        # Refused before the log is cut and before temporary folders of the old run are swept up.
+        with open_run(config.output) as checkpoints:
+            checkpoints.check(checkpoints.require_latest(), configuration)
     _wait_for_all("output")
 
     def on_sample(models: Models, done: int) -> None:
+        copies = local_copy(models, mesh)
         if first_process:
-            task.on_sample(local_copy(models), text, done, console)
+            task.on_sample(copies, text, done, console)
 
     job = Job(
         config=config,
@@ -98,8 +132,10 @@ def run(config: RunConfig, task: Task, console: Console | None = None) -> int:
     if stop.signal is not None:
         console.print(f"[yellow]Stopped after step {int(state.step):,}; go on with --resume.")
         return stop.exit_code
-    if config.report and first_process:
-        task.on_report(local_copy(state.models), text, console, configuration)
+    if config.report:
+        copies = local_copy(state.models, mesh)
+        if first_process:
+            task.on_report(copies, text, console, configuration)
     _wait_for_all("report")
     return 0
 
@@ -123,17 +159,48 @@ def finish(config: RunConfig, task: Task, console: Console) -> int:
     return run(dataclasses.replace(config, resume=True), task, console)
 
 
+def state_template(config: RunConfig, task: Task, mesh: Mesh) -> TrainState:
+    """Shape, dtype and place on the mesh of every array of the state."""
+    shapes = jax.eval_shape(lambda: TrainState.create(task.make_models(), config.optimizer()))
+    shardings = param_shardings(shapes, mesh, fsdp=config.fsdp)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings
+    )
+
+
+def first_state(config: RunConfig, task: Task, template: TrainState, mesh: Mesh) -> TrainState:
+    """The state before the first step.
+
+    Raises:
+      ValueError: the run that it starts from has no models that fit.
+    """
+    shardings = jax.tree.map(lambda x: x.sharding, template)
+    if task.origin is None:
+        return jax.jit(lambda: TrainState.create(task.make_models(), config.optimizer()), out_shardings=shardings)()
+    models = _models_of_origin(task.origin, mesh)
+    convert = task.origin.convert
+    return jax.jit(lambda models: TrainState.create(convert(models), config.optimizer()), out_shardings=shardings)(
+        models
+    )
+
+
+def _models_of_origin(origin: Origin, mesh: Mesh) -> Models:
+    with open_run(origin.output) as checkpoints:
+        step = checkpoints.require_latest()
+        configuration = checkpoints.configuration(step)
+        shapes = jax.eval_shape(lambda: origin.models_of(configuration))
+        template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), shapes)
+        return checkpoints.restore(step, {"models": template})["models"]
+
+
 def _train(job: Job, task: Task, console: Console, stop: StopRequest) -> TrainState:
     config, mesh = job.config, job.mesh
-    create = jax.jit(lambda: TrainState.create(task.make_models(), config.optimizer()), out_shardings=replicated(mesh))
+    template = state_template(config, task, mesh)
     with Checkpoints(config.output, keep=config.keep_checkpoints) as checkpoints:
         if config.resume:
-            template = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), jax.eval_shape(create)
-            )
             state = restored_state(checkpoints, checkpoints.require_latest(), template)
         else:
-            state = create()
+            state = first_state(config, task, template, mesh)
         done = int(state.step)
         sizes = ", ".join(f"{name} {_parameters(model):,}" for name, model in state.models.items())
         console.print(f"parameters: {sizes}; {mesh.size} device(s); from step {done:,} to {config.steps:,}")

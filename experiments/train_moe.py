@@ -25,8 +25,9 @@ from experiments.decoding_run import DecodingRunConfig, Strategy, decoding_task,
 from experiments.distillation import key_of
 from experiments.expert_decoder import ExpertsConfig, forward, make_decoder, routing_reports, sum_of
 from experiments.runtime import exit_with
-from experiments.session import Task, run
+from experiments.session import Origin, Task, run
 from experiments.train_state import LossFn, Models
+from experiments.upcycling import check_upcycling, upcycled
 from spec_jax.losses import next_token_loss
 
 KIND = "train_moe"
@@ -44,10 +45,13 @@ class TrainMoEConfig(DecodingRunConfig):
     Attributes:
       experts: the target's mixtures.
       draft: the model that drafts for the target.
+      upcycle_from: output folder of a run with the same `draft`, `target`, `experts.every` and a dense `experts.kind`,
+        whose weights this one starts from; see `experiments.upcycling`.
     """
 
     experts: ExpertsConfig = ExpertsConfig()  # noqa: RUF009 - immutable
     draft: spec_jax.DecoderConfig = spec_jax.DecoderConfig(depth=2)  # noqa: RUF009 - immutable
+    upcycle_from: pathlib.Path | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,6 +61,8 @@ class TrainMoEConfig(DecodingRunConfig):
                 f"got {self.target.vocab_size} and {self.draft.vocab_size}"
             )
         self.experts.check(self.target)
+        if self.upcycle_from is not None:
+            check_upcycling(self.experts)
 
 
 # What each variant of a preset changes in the mixtures, and what for. ST-MoE 2202.08906 studies the last five.
@@ -143,6 +149,26 @@ def make_loss_fn(config: TrainMoEConfig, *, train: bool = True) -> LossFn:
     return loss_fn
 
 
+def origin(config: TrainMoEConfig) -> Origin | None:
+    """The dense run that this one starts from, if any."""
+    if config.upcycle_from is None:
+        return None
+
+    def dense_models(configuration: Mapping[str, Any]) -> Models:
+        if (kind := configuration["kind"]) != KIND:
+            raise ValueError(f"upcycle_from must be a run of {KIND}, got {config.upcycle_from}, a run of {kind}")
+        return models_of(configuration)
+
+    def convert(dense: Models) -> Models:
+        for name in ("target", "draft"):
+            if (expected := dense[name].config) != (got := getattr(config, name)):
+                raise ValueError(f"{name} must be that of {config.upcycle_from}, {expected}, got {got}")
+        router_seed = jax.random.split(jax.random.key(config.seed))[0]
+        return {**dense, "target": upcycled(dense["target"], config.experts, rngs=nnx.Rngs(router_seed))}
+
+    return Origin(output=config.upcycle_from, models_of=dense_models, convert=convert)
+
+
 def task(config: TrainMoEConfig) -> Task:
     """What `session.run` needs to train this pair."""
     return decoding_task(
@@ -152,6 +178,7 @@ def task(config: TrainMoEConfig) -> Task:
         make_models=lambda: make_models(config),
         loss_fn=make_loss_fn(config),
         validation_loss_fn=make_loss_fn(config, train=False),
+        origin=origin(config),
     )
 
 

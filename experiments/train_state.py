@@ -15,6 +15,8 @@ import optax
 from flax import struct
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from moe_jax import token_sharding
+
 Models = Mapping[str, Any]
 LossFn = Callable[[Models, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 """(models, tokens (B, T + 1) int32) → (the scalar to descend, scalars to report). Every reported value is a mean over
@@ -43,11 +45,11 @@ class TrainState:
 
 
 def make_train_step(
-    loss_fn: LossFn, optimizer: optax.GradientTransformation
+    loss_fn: LossFn, optimizer: optax.GradientTransformation, shardings: TrainState | None = None
 ) -> Callable[[TrainState, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
     """The compiled step: (state, tokens (A, B, T + 1)) → (next state, the loss function's reports and `loss`).
 
-    The state is donated: its buffers are overwritten by the next one's.
+    The state is donated: its buffers are overwritten by the next one's, which lies where `shardings` says.
     """
     gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
@@ -67,39 +69,72 @@ def make_train_step(
             models[name] = optax.apply_updates(model, updates)
         return TrainState(state.step + 1, models, optimizer_states), report
 
-    return jax.jit(train_step, donate_argnums=0)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def data_mesh() -> Mesh:
-    """All devices of all processes in one axis, `data`."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+def device_mesh(expert_parallel: int = 1) -> Mesh:
+    """All devices of all processes along the axes `data` and `expert`.
+
+    Raises:
+      ValueError: `expert_parallel`, the size of the second axis, does not divide their number.
+    """
+    devices = jax.device_count()
+    if devices % expert_parallel:
+        raise ValueError(f"expert_parallel must divide the {devices} devices, got {expert_parallel}")
+    shape = (devices // expert_parallel, expert_parallel)
+    return jax.make_mesh(shape, ("data", "expert"), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def connect(mesh: Mesh) -> None:
+    """Lets every group of devices that training sums over exchange something now, while the processes are in step.
+
+    Between CPUs a group connects when it is first used, and fails if one of its processes comes 30 seconds after
+    another, as it may when each has a large program to compile. Connected, they wait for each other.
+    """
+
+    def sums(ones: jax.Array) -> jax.Array:
+        groups = ("data", "expert", ("data", "expert"))
+        return sum((jax.lax.psum(ones, group) for group in groups), jnp.zeros_like(ones))
+
+    spread = PartitionSpec("data", "expert")
+    ones = jnp.ones(tuple(mesh.shape.values()), device=NamedSharding(mesh, spread))
+    jax.block_until_ready(jax.jit(jax.shard_map(sums, mesh=mesh, in_specs=spread, out_specs=spread))(ones))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of the state: every device holds all of it."""
+    """The sharding of what every device holds all of."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
-    """Raises ValueError unless the devices can share the sequences of a microbatch."""
-    if batch_size % mesh.size:
+    """Raises ValueError unless the devices along `data` can share the sequences of a microbatch."""
+    devices = mesh.shape["data"]
+    if batch_size % devices:
         total = batch_size * accumulation
-        hint = f": --batch-size {mesh.size} --accumulation {total // mesh.size} is the same step"
+        hint = f": --batch-size {devices} --accumulation {total // devices} is the same step"
         raise ValueError(
-            f"batch_size must be a multiple of the {mesh.size} devices, got {batch_size}"
-            + (hint if total % mesh.size == 0 else "")
+            f"batch_size must be a multiple of the {devices} devices that share it, got {batch_size}"
+            + (hint if total % devices == 0 else "")
         )
 
 
-def shard_rows(local: np.ndarray, mesh: Mesh, *, axis: int) -> jax.Array:
-    """The global array whose rows along `axis` are shared by all devices; each process passes its own rows."""
-    sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
-    return jax.make_array_from_process_local_data(sharding, local)
+def shard_rows(tokens: np.ndarray, mesh: Mesh, *, axis: int) -> jax.Array:
+    """The array whose rows along `axis` are shared by the devices, from all rows, which every process passes."""
+    rows = token_sharding(mesh, tokens.shape[axis]).spec
+    sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, *rows))
+    return jax.make_array_from_callback(tokens.shape, sharding, lambda index: tokens[index])
 
 
-def local_copy(tree: Any) -> Any:
-    """Replicated arrays as arrays of this process's first device: what decoding takes.
+def local_copy(tree: Any, mesh: Mesh) -> Any:
+    """Arrays of a mesh as arrays of this process's first device, which is what decoding takes.
 
-    They share memory with the state, so they are good until the next step.
+    All processes must call it, for what is spread over devices is gathered. Where nothing is, the copies share memory
+    with the originals, so they are good until the next training step.
     """
+    if not all(x.is_fully_replicated for x in jax.tree.leaves(tree)):
+        tree = jax.jit(_same, out_shardings=replicated(mesh))(tree)
     return jax.tree.map(lambda x: x.addressable_data(0), tree)
+
+
+def _same(tree: Any) -> Any:
+    return tree

@@ -43,7 +43,7 @@ class Job:
       config: its configuration.
       configuration: the same and what else identifies the run, as JSON; written with every checkpoint.
       text: what it reads.
-      mesh: all devices.
+      mesh: all devices, along `data` and `expert`. Layers with experts find it as the mesh of `jax.set_mesh`.
       loss_fn: what it descends. The reports must be means over rows.
       main_loss: the report whose bits per byte the progress bar shows.
       on_sample: called with the models every `sample_every` steps.
@@ -87,14 +87,14 @@ def train(job: Job, state: TrainState, instruments: Instruments) -> TrainState:
     Raises:
       NonFiniteLossError: the loss, or that of a state about to be saved, was NaN or infinite.
     """
-    return _Loop(job, instruments).run(state)
+    return _Loop(job, instruments, jax.tree.map(lambda x: x.sharding, state)).run(state)
 
 
 class _Loop:
-    def __init__(self, job: Job, instruments: Instruments) -> None:
+    def __init__(self, job: Job, instruments: Instruments, shardings: TrainState) -> None:
         self.job, self.config, self.to = job, job.config, instruments
-        self.step_fn = make_train_step(job.loss_fn, job.config.optimizer())
-        self.evaluate_fn = jax.jit(job.validation_loss_fn or job.loss_fn)
+        self.step_fn = self.on_mesh(make_train_step(job.loss_fn, job.config.optimizer(), shardings))
+        self.evaluate_fn = self.on_mesh(jax.jit(job.validation_loss_fn or job.loss_fn))
         self.pending: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
         self.window: list[dict[str, float]] = []
         self.validation_bits = math.nan
@@ -132,21 +132,27 @@ class _Loop:
             self.to.checkpoints.wait()
         return state
 
+    def on_mesh(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, with the mesh set while it is traced."""
+
+        def called(*arguments: Any) -> Any:
+            with jax.set_mesh(self.job.mesh):
+                return function(*arguments)
+
+        return called
+
     def batch(self, step: int) -> jax.Array:
         """(A, B, T + 1) tokens of a step, shared by the devices."""
         config = self.config
-        # Drawn as one batch of A·B rows per process, so that no two microbatches are the same.
+        # Drawn as one batch of A·B rows, so that no two microbatches are the same.
         rows = batch_at(
             self.job.text.train,
             seed=config.seed,
             step=step,
             batch_size=config.accumulation * config.batch_size,
             sequence_length=config.sequence_length,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
         )
-        local_abt = rows.reshape(config.accumulation, -1, rows.shape[1])
-        return shard_rows(local_abt, self.job.mesh, axis=1)
+        return shard_rows(rows.reshape(config.accumulation, -1, rows.shape[1]), self.job.mesh, axis=1)
 
     def look(self, *, keep: int) -> None:
         """Reads the reports of all but the last `keep` steps."""
@@ -194,10 +200,8 @@ class _Loop:
             batch_size=self.config.batch_size,
             sequence_length=self.config.sequence_length,
             max_batches=most or self.config.validation_batches,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
         )
-        return (shard_rows(local_bt, self.job.mesh, axis=0) for local_bt in batches)
+        return (shard_rows(tokens_bt, self.job.mesh, axis=0) for tokens_bt in batches)
 
     def save(self, state: TrainState, done: int) -> None:
         """Writes a checkpoint, unless the state it would hold is broken.

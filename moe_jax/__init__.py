@@ -23,6 +23,7 @@ from moe_jax.layer import MoE, MoEOutput, RMSNorm, SparseMoEBlock
 from moe_jax.losses import Metrics, RouterTotals, balance_loss, router_totals, router_z_loss
 from moe_jax.router_bias import RouterBias, updated_router_bias
 from moe_jax.routing import Choice, Router, RouterInputs, Routing, TopN
+from moe_jax.sharding import param_shardings, token_sharding
 from moe_jax.slots import TokenGroups, assign_slots, capacity, token_groups
 from moe_jax.upcycling import upcycle
 
@@ -51,10 +52,12 @@ __all__ = [
     "capacity",
     "mixture",
     "moe_from_torch",
+    "param_shardings",
     "relaxed_top_k",
     "router_totals",
     "router_z_loss",
     "token_groups",
+    "token_sharding",
     "upcycle",
     "updated_router_bias",
 ]

@@ -41,6 +41,8 @@ class MoEConfig:
       activation: of the experts' gates.
       init: initial weights, "paper" or "original".
       param_dtype: dtype of the weights.
+      data_axis: name of the mesh axis that tokens are split over, where the layer is on a mesh that has it.
+      expert_axis: name of the mesh axis that experts, and the tokens of each part of the data, are split over.
 
     Raises:
       ValueError: an argument is out of range or of an unknown name.
@@ -69,10 +71,14 @@ class MoEConfig:
     activation: Activation = gelu
     init: Init = "paper"
     param_dtype: jnp.dtype | type = jnp.float32
+    data_axis: str = "data"
+    expert_axis: str = "expert"
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "dim", "num_experts", "expert_hidden")
         _at_least(self, 0, "min_capacity", "gumbel_noise", "balance_coef", "router_z_coef", "num_shared_experts")
+        if self.data_axis == self.expert_axis:
+            raise ValueError(f"data_axis and expert_axis must be different names, got {self.data_axis!r} twice")
         one_of("slot_order", self.slot_order, SLOT_ORDERS)
         one_of("dispatch", self.dispatch, DISPATCHES)
         one_of("dispatch_eval", self.dispatch_in(train=False), DISPATCHES)

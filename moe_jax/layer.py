@@ -1,19 +1,23 @@
 """The layers: `MoE`, and `SparseMoEBlock` around it."""
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
+from jax.sharding import Mesh
 
 from moe_jax.config import MoEConfig
-from moe_jax.dispatch import mixture
+from moe_jax.dispatch import ExpertFunctions, mixture
 from moe_jax.experts import Experts, FeedForward, initial_weights
-from moe_jax.losses import Metrics, balance_loss, metrics, router_totals, router_z_loss
+from moe_jax.losses import Metrics, RouterTotals, balance_loss, metrics, router_totals, router_z_loss
 from moe_jax.noise import RouterNoise, draw_noise
+from moe_jax.parallel import mix_over_mesh, placement
 from moe_jax.router_bias import RouterBias
 from moe_jax.routing import Choice, RouterInputs, Routing
-from moe_jax.slots import assign_slots, token_groups
+from moe_jax.slots import TokenGroups, assign_slots, token_groups
 
 
 @struct.dataclass
@@ -48,10 +52,17 @@ class MoE(nnx.Module):
     Args:
       config: see `MoEConfig`.
       rngs: for the initial weights; not kept.
+      mesh: devices to compute on, with axes of the names in the configuration (see `moe_jax.parallel`). Without one,
+        the mesh of `jax.set_mesh` is used if it has these axes, and one device otherwise. The mesh changes no result.
+
+    Raises:
+      ValueError: the mesh has neither of the axes.
     """
 
-    def __init__(self, config: MoEConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: MoEConfig, *, rngs: nnx.Rngs, mesh: Mesh | None = None) -> None:
         self.config = config
+        self.mesh = mesh
+        placement(config, mesh)
         expert = {
             "rngs": rngs,
             "bias": config.bias,
@@ -84,29 +95,26 @@ class MoE(nnx.Module):
         """
         check_call(self.config, x, mask)
         x_td = x.reshape(-1, x.shape[-1])
-        mask_t = jnp.ones(x_td.shape[0], bool) if mask is None else mask.reshape(-1)
-        if mask is not None:
+        mask_t = None if mask is None else mask.reshape(-1)
+        if mask_t is not None:
             x_td = jnp.where(mask_t[:, None], x_td, 0)
         noise = draw_noise(
             key, self.config, tokens=x_td.shape[0], train=train, dtype=jnp.promote_types(x.dtype, jnp.float32)
         )
-        inputs = router_inputs(self, x_td, mask_t, noise)
-        choice, routing = self.route(inputs, sequence_length=x.shape[-2], train=train)
-        outputs_td = mixture(
-            x_td,
-            routing,
-            self.experts,
-            dispatch=self.config.dispatch_in(train=train),
-            straight_through=self.config.straight_through,
-        )
-        if self.shared is not None:
-            outputs_td = outputs_td + jnp.where(mask_t[:, None], self.shared(x_td), 0)
-        totals = router_totals(inputs.logits_te, choice, routing, mask_t)
+        where = placement(self.config, self.mesh)
+        if where is None:
+            everyone_t = jnp.ones(x_td.shape[0], bool) if mask_t is None else mask_t
+            route = partial(self.route, sequence_length=x.shape[-2], train=train)
+            outputs_td, totals = self.mix(x_td, everyone_t, noise, route=route, experts=self.experts, train=train)
+        else:
+            outputs_td, totals = mix_over_mesh(
+                where, self, x_td, mask_t, noise, sequence_length=x.shape[-2], train=train
+            )
         balance, router_z = balance_loss(totals), router_z_loss(totals)
         weighted_balance = balance * self.config.balance_coef * train
         weighted_router_z = router_z * self.config.router_z_coef * train
         return MoEOutput(
-            outputs=outputs_td.astype(x.dtype).reshape(x.shape),
+            outputs=outputs_td.reshape(x.shape),
             total_aux_loss=weighted_balance + weighted_router_z,
             balance_loss=balance,
             router_z_loss=router_z,
@@ -115,19 +123,59 @@ class MoE(nnx.Module):
             weighted_router_z_loss=weighted_router_z,
         )
 
+    def mix(
+        self,
+        x_td: jax.Array,
+        mask_t: jax.Array,
+        noise: RouterNoise,
+        *,
+        route: Callable[[RouterInputs], tuple[Choice, Routing]],
+        experts: ExpertFunctions,
+        train: bool,
+    ) -> tuple[jax.Array, RouterTotals]:
+        """Routes the tokens at hand, on one device.
+
+        Args:
+          x_td: (T, D), zero at padding.
+          mask_t: (T,) bool.
+          noise: for these tokens.
+          route: what they ask for, and what they get.
+          experts: where they go.
+          train: static.
+
+        Returns:
+          (T, D) outputs, zero at padding, and the totals of these tokens.
+        """
+        inputs = router_inputs(self, x_td, mask_t, noise)
+        choice, routing = route(inputs)
+        outputs_td = mixture(
+            x_td,
+            routing,
+            experts,
+            dispatch=self.config.dispatch_in(train=train),
+            straight_through=self.config.straight_through,
+        )
+        if self.shared is not None:
+            outputs_td = outputs_td + jnp.where(mask_t[:, None], self.shared(x_td), 0)
+        return outputs_td.astype(x_td.dtype), router_totals(inputs.logits_te, choice, routing, mask_t)
+
     def route(self, inputs: RouterInputs, *, sequence_length: int, train: bool) -> tuple[Choice, Routing]:
-        """What the tokens ask for, and what they get."""
+        """What the tokens ask for, and what they get, where they are all tokens there are."""
+        choice = self.config.router.choose(inputs, train=train)
+        groups = token_groups(inputs.mask_t, sequence_length, self.config.group_size)
+        return choice, self.assign(choice, groups, train=train)
+
+    def assign(self, choice: Choice, groups: TokenGroups, *, train: bool) -> Routing:
+        """What the tokens of some groups get."""
         config = self.config
-        choice = config.router.choose(inputs, train=train)
-        routing = assign_slots(
+        return assign_slots(
             choice,
-            token_groups(inputs.mask_t, sequence_length, config.group_size),
+            groups,
             num_experts=config.num_experts,
             capacity_factor=config.capacity_factor(train=train),
             min_capacity=config.min_capacity,
             slot_order=config.router.slot_order or config.slot_order,
         )
-        return choice, routing
 
 
 class RMSNorm(nnx.Module):

@@ -1,6 +1,6 @@
 """Batches of token windows: pure functions of their arguments, so that a resumed run repeats them.
 
-Axis letters: B rows of the global batch, T sequence length (predicted tokens a row), N bytes in the split.
+Axis letters: B rows of the batch, T sequence length (predicted tokens a row), N bytes in the split.
 """
 
 import operator
@@ -17,8 +17,6 @@ def batch_at(
     step: int,
     batch_size: int,
     sequence_length: int,
-    process_index: int = 0,
-    process_count: int = 1,
 ) -> NDArray[np.int32]:
     """Returns the training batch of one step: windows at independent, uniformly random places of the split.
 
@@ -30,20 +28,16 @@ def batch_at(
       split: (N,) bytes; only the windows are read, so a memory map stays on disk.
       seed: in [0, 2**64); names the run.
       step: in [0, 2**64); the index of the batch.
-      batch_size: B, rows over all processes.
+      batch_size: B.
       sequence_length: T. Each row has one token more: `tokens[:, :-1]` predicts `tokens[:, 1:]`.
-      process_index: which of the processes asks.
-      process_count: how many processes share the batch.
 
     Returns:
-      (B / process_count, T + 1) int32 in [0, 256): this process's rows of the global batch. Process i has the
-      i-th block of rows, so joining the blocks in order gives the batch of a single process.
+      (B, T + 1) int32 in [0, 256).
 
     Raises:
-      ValueError: an argument is out of range, the split is shorter than one window, or the batch does not
-        divide.
+      ValueError: an argument is out of range, or the split is shorter than one window.
     """
-    rows = _rows_of_process(batch_size, process_index, process_count)
+    _check_batch_size(batch_size)
     count = _number_of_starts(split, sequence_length)
     for name, value in (("seed", seed), ("step", step)):
         if not 0 <= operator.index(value) < 2**64:
@@ -51,7 +45,7 @@ def batch_at(
     words = np.random.Philox(key=np.array([seed, step], np.uint64)).random_raw(batch_size)
     # The remainder of a 64-bit word favours small starts by less than N / 2**64, which no run can notice.
     starts = (np.asarray(words, np.uint64) % np.uint64(count)).astype(np.int64)
-    return _windows(split, starts[rows], sequence_length)
+    return _windows(split, starts, sequence_length)
 
 
 def validation_batches(
@@ -60,8 +54,6 @@ def validation_batches(
     batch_size: int,
     sequence_length: int,
     max_batches: int,
-    process_index: int = 0,
-    process_count: int = 1,
 ) -> Iterator[NDArray[np.int32]]:
     """Returns the same batches every time: windows that do not overlap, spread evenly from end to end.
 
@@ -70,39 +62,29 @@ def validation_batches(
 
     Args:
       split: (N,) bytes.
-      batch_size: B, rows over all processes.
+      batch_size: B.
       sequence_length: T; rows have T + 1 tokens, as in `batch_at`.
       max_batches: at most so many batches; fewer where the split has no more windows.
-      process_index: which of the processes asks.
-      process_count: how many processes share each batch.
 
     Returns:
-      An iterator over (B / process_count, T + 1) int32.
+      An iterator over (B, T + 1) int32.
 
     Raises:
       ValueError: as `batch_at`, at the call and not at the first batch; or max_batches below 1.
     """
-    rows = _rows_of_process(batch_size, process_index, process_count)
+    _check_batch_size(batch_size)
     last_start = _number_of_starts(split, sequence_length) - 1
     if max_batches < 1:
         raise ValueError(f"max_batches must be at least 1, got {max_batches}")
     batches = min(max_batches, max(1, len(split) // (sequence_length + 1) // batch_size))
     # Whole-number division keeps the distance between starts at T + 1 or more wherever the windows fit.
     starts = np.arange(batches * batch_size, dtype=np.int64) * last_start // max(1, batches * batch_size - 1)
-    return (_windows(split, block[rows], sequence_length) for block in starts.reshape(batches, batch_size))
+    return (_windows(split, block, sequence_length) for block in starts.reshape(batches, batch_size))
 
 
-def _rows_of_process(batch_size: int, process_index: int, process_count: int) -> slice:
+def _check_batch_size(batch_size: int) -> None:
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if process_count < 1:
-        raise ValueError(f"process_count must be at least 1, got {process_count}")
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index must be in [0, process_count) = [0, {process_count}), got {process_index}")
-    if batch_size % process_count:
-        raise ValueError(f"batch_size must be a multiple of process_count = {process_count}, got {batch_size}")
-    local = batch_size // process_count
-    return slice(process_index * local, (process_index + 1) * local)
 
 
 def _number_of_starts(split: NDArray[np.uint8], sequence_length: int) -> int:

@@ -1,4 +1,4 @@
-"""Batches are functions of (seed, step); processes share them; validation windows cover the split."""
+"""Batches are functions of (seed, step); validation windows cover the split."""
 
 import itertools
 
@@ -70,28 +70,6 @@ def test_split_of_exactly_one_window_is_enough():
     np.testing.assert_array_equal(batch, np.tile(split, (2, 1)))
 
 
-@settings(max_examples=50, deadline=None)
-@given(
-    seed=st.integers(0, 2**64 - 1),
-    step=st.integers(0, 2**64 - 1),
-    local=st.integers(1, 4),
-    processes=st.integers(1, 8),
-    length=st.integers(1, 64),
-)
-def test_processes_together_have_the_batch_of_one(seed, step, local, processes, length):
-    sizes = {"batch_size": local * processes, "sequence_length": length}
-    shards = [{"process_index": index, "process_count": processes} for index in range(processes)]
-
-    alone = batch_at(SPLIT, seed=seed, step=step, **sizes)
-    parts = [batch_at(SPLIT, seed=seed, step=step, **sizes, **shard) for shard in shards]
-    assert {part.shape for part in parts} == {(local, length + 1)}
-    np.testing.assert_array_equal(np.concatenate(parts), alone)
-
-    alone = list(validation_batches(SPLIT, max_batches=2, **sizes))
-    parts = [list(validation_batches(SPLIT, max_batches=2, **sizes, **shard)) for shard in shards]
-    np.testing.assert_array_equal(np.concatenate(parts, axis=1), alone)
-
-
 @settings(max_examples=100, deadline=None)
 @given(
     size=st.integers(2, 251) | st.integers(2, 3000),
@@ -120,10 +98,6 @@ BAD = [
     ({"sequence_length": 5000}, r"split must hold at least sequence_length \+ 1 = 5001 bytes, got 5000"),
     ({"sequence_length": 0}, "sequence_length must be at least 1, got 0"),
     ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-    ({"process_count": 3}, "batch_size must be a multiple of process_count = 3, got 4"),
-    ({"process_count": 0}, "process_count must be at least 1, got 0"),
-    ({"process_count": 2, "process_index": 2}, r"process_index must be in .*= \[0, 2\), got 2"),
-    ({"process_count": 2, "process_index": -1}, "process_index must be in .* got -1"),
 ]
 
 

@@ -7,14 +7,14 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from experiments.train_draft import TrainDraftConfig, make_loss_fn
 from experiments.train_state import (
     LossFn,
     TrainState,
     check_batch,
-    data_mesh,
+    device_mesh,
     local_copy,
     make_train_step,
     replicated,
@@ -84,9 +84,10 @@ def test_each_model_is_clipped_by_itself():
 
 def test_eight_devices_train_as_one():
     batch = tokens(2, 8, 9)
-    one = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
+    types = (AxisType.Auto, AxisType.Auto)
+    one = jax.make_mesh((1, 1), ("data", "expert"), axis_types=types, devices=jax.devices()[:1])
     ends = []
-    for mesh in (one, data_mesh()):
+    for mesh in (one, device_mesh()):
         state = jax.device_put(TrainState.create(models(), optax.sgd(1.0)), replicated(mesh))
         step = make_train_step(loss_fn, optax.sgd(1.0))
         rows = shard_rows(batch, mesh, axis=1)
@@ -95,20 +96,47 @@ def test_eight_devices_train_as_one():
         assert len(rows.addressable_shards) == mesh.size
         assert rows.addressable_shards[0].data.shape == (2, 8 // mesh.size, 9)
         assert all(leaf.sharding.is_equivalent_to(replicated(mesh), leaf.ndim) for leaf in jax.tree.leaves(state))
-        ends.append((local_copy(state), float(report["loss"])))
-    assert data_mesh().size == 8
+        ends.append((local_copy(state, mesh), float(report["loss"])))
+    assert device_mesh().size == 8
     assert ends[0][1] == pytest.approx(ends[1][1], rel=1e-5)
     for a, b in zip(leaves(ends[0][0]), leaves(ends[1][0]), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6)
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "accumulation", "message"),
+    ("expert_parallel", "batch_size", "accumulation", "message"),
     [
-        (4, 4, "batch_size must be a multiple of the 8 devices, got 4: --batch-size 8 --accumulation 2 is the same"),
-        (3, 1, "batch_size must be a multiple of the 8 devices, got 3$"),
+        (1, 4, 4, "multiple of the 8 devices that share it, got 4: --batch-size 8 --accumulation 2 is the same"),
+        (1, 3, 1, "multiple of the 8 devices that share it, got 3$"),
+        (4, 3, 1, "multiple of the 2 devices that share it, got 3$"),
     ],
 )
-def test_batches_that_devices_cannot_share(batch_size, accumulation, message):
+def test_batches_that_devices_cannot_share(expert_parallel, batch_size, accumulation, message):
     with pytest.raises(ValueError, match=message):
-        check_batch(batch_size, accumulation, data_mesh())
+        check_batch(batch_size, accumulation, device_mesh(expert_parallel))
+
+
+def test_experts_that_devices_cannot_share():
+    with pytest.raises(ValueError, match="expert_parallel must divide the 8 devices, got 3"):
+        device_mesh(3)
+
+
+@pytest.mark.parametrize(("batch_size", "rows_of_a_device"), [(8, 1), (4, 2)])
+def test_rows_are_shared_by_all_devices_or_by_those_along_data(batch_size, rows_of_a_device):
+    rows = tokens(3, batch_size, 9)
+    shared = shard_rows(rows, device_mesh(4), axis=1)
+    assert {shard.data.shape for shard in shared.addressable_shards} == {(3, rows_of_a_device, 9)}
+    np.testing.assert_array_equal(shared, rows)
+
+
+def test_local_copies_are_whole():
+    mesh = device_mesh(2)
+    values = {"split": np.arange(16.0).reshape(8, 2), "whole": np.arange(3.0)}
+    spread = {
+        "split": jax.device_put(values["split"], NamedSharding(mesh, PartitionSpec("data", "expert"))),
+        "whole": jax.device_put(values["whole"], replicated(mesh)),
+    }
+    copies = local_copy(spread, mesh)
+    for name, value in values.items():
+        assert copies[name].devices() == {jax.devices()[0]}
+        np.testing.assert_array_equal(copies[name], value)

@@ -1,0 +1,160 @@
+"""Runs a command as several processes of this machine that train together, with CPU devices and gloo between them.
+
+    python -m experiments.launch --processes 2 --devices-per-process 4 -- python -m experiments.train_draft cpu
+
+Every training script works under it without further flags. Process 0 writes to this terminal; of the others the last
+lines are shown if they fail. SIGINT and SIGTERM reach all of them. Accelerators of one machine need no launcher: one
+process drives them all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+
+import tyro
+
+# Where `runtime.start_processes` finds the other processes. JAX reads the first of these itself.
+COORDINATOR = "JAX_COORDINATOR_ADDRESS"
+PROCESSES = "JAX_NUM_PROCESSES"
+PROCESS_INDEX = "JAX_PROCESS_ID"
+BAD_INPUT = 2
+
+# When one has ended with an error, the others notice it by themselves, or end like it with their last checkpoint
+# written. Whatever still runs so long after is killed.
+GRACE_SECONDS = 60
+LINES_SHOWN = 40
+DEVICE_COUNT = "--xla_force_host_platform_device_count"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LaunchConfig:
+    """How many processes, and of what size.
+
+    Attributes:
+      processes: how many to start.
+      devices_per_process: CPU devices of each.
+    """
+
+    processes: int = 2
+    devices_per_process: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("processes", "devices_per_process"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def environments(config: LaunchConfig, environment: Mapping[str, str]) -> list[dict[str, str]]:
+    """The environment of every process: the given one, its devices, and where it finds the others."""
+    flags = [flag for flag in environment.get("XLA_FLAGS", "").split() if not flag.startswith(DEVICE_COUNT)]
+    shared = {
+        **environment,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": " ".join((*flags, f"{DEVICE_COUNT}={config.devices_per_process}")),
+        COORDINATOR: f"localhost:{free_port()}",
+        PROCESSES: str(config.processes),
+    }
+    return [{**shared, PROCESS_INDEX: str(index)} for index in range(config.processes)]
+
+
+def launch(config: LaunchConfig, command: Sequence[str]) -> int:
+    """Runs the command in every process and waits for all.
+
+    Args:
+      config: how many processes.
+      command: a program and its arguments.
+
+    Returns:
+      0 if every process ended with 0, else the exit code of the first that did not: 128 + n if signal n ended it.
+
+    Raises:
+      ValueError: there is no such program.
+    """
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def forward(number: int, _frame: object) -> None:
+        for process in processes:
+            process.send_signal(number)
+
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [pathlib.Path(folder, str(index)) for index in range(config.processes)]
+        try:
+            for environment, log in zip(environments(config, os.environ), logs, strict=True):
+                processes.append(_start(command, environment, log if processes else None))
+            failed = _wait(processes)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        if failed is None:
+            return 0
+        code = failed.returncode if failed.returncode >= 0 else 128 - failed.returncode
+        if index := processes.index(failed):
+            lines = logs[index].read_text(errors="replace").splitlines()[-LINES_SHOWN:]
+            print(f"process {index} ended first, exit code {code}:", *lines, sep="\n  ", file=sys.stderr)
+        return code
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def _start(command: Sequence[str], environment: Mapping[str, str], log: pathlib.Path | None) -> subprocess.Popen[bytes]:
+    # In a session of its own, for Ctrl-C reaches the whole session of a terminal, and forwarded it would come twice.
+    try:
+        if log is None:
+            return subprocess.Popen(command, env=environment, start_new_session=True)
+        with log.open("wb") as output:
+            return subprocess.Popen(
+                command, env=environment, start_new_session=True, stdout=output, stderr=subprocess.STDOUT
+            )
+    except OSError as error:
+        raise ValueError(f"command must be a program and its arguments, got {command[0]}: {error.strerror}") from error
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> subprocess.Popen[bytes] | None:
+    """Returns the first process that failed, once all have ended or the time is over."""
+    failed, deadline = None, math.inf
+    while True:
+        running = [process for process in processes if process.poll() is None]
+        if failed is None and (failed := next((process for process in processes if process.returncode), None)):
+            deadline = time.monotonic() + GRACE_SECONDS
+        if not running or time.monotonic() > deadline:
+            return failed
+        time.sleep(0.05)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Reads the command line, starts the processes and waits for them."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    config = tyro.cli(LaunchConfig, args=arguments[:split], description=__doc__)
+    command = arguments[split + 1 :]
+    if not command:
+        raise ValueError("command must follow behind --, got none")
+    return launch(config, command)
+
+
+if __name__ == "__main__":
+    # Not `runtime.exit_with`: that imports JAX, for which only the processes should have to wait.
+    try:
+        sys.exit(main())
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(BAD_INPUT)

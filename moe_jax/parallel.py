@@ -1,0 +1,243 @@
+"""Expert parallelism: one layer over a mesh of devices, with the results and gradients of one device.
+
+The mesh has an axis of data and an axis of experts (either may be missing); tokens are split over both, experts over
+the second, routers are on every device. On each device, what `MoE.mix` does on one: route the tokens at hand, give
+out slots, ship the rows to their experts and back (`moe_jax.exchange`), sum. Three things are not local:
+
+- randomness, groups of tokens and the mask are made for all tokens before they are split;
+- who gets a slot is decided over each whole group of tokens: where groups are cut by devices, every device gathers
+  what all tokens ask for (integers, no hidden states) and decides for all;
+- counts and probabilities are summed over all devices before anything is multiplied.
+
+    device (data 0, expert 0)   tokens 0 .. 5     experts 0, 1
+    device (data 0, expert 1)   tokens 6 .. 11    experts 2, 3
+    device (data 1, expert 0)   tokens 12 .. 17   experts 0, 1
+    device (data 1, expert 1)   tokens 18 .. 23   experts 2, 3
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+
+from moe_jax.config import MoEConfig
+from moe_jax.exchange import Exchange, ExchangedExperts
+from moe_jax.experts import Experts
+from moe_jax.losses import RouterTotals
+from moe_jax.noise import RouterNoise
+from moe_jax.routing import Choice, RouterInputs, Routing
+from moe_jax.slots import TokenGroups, assign_slots, token_groups
+
+if TYPE_CHECKING:
+    from moe_jax.layer import MoE
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where the tokens and experts of a layer are.
+
+    Attributes:
+      mesh: the devices.
+      axes: names of the axes that tokens are split over, data first.
+      exchange: which expert lives where.
+    """
+
+    mesh: Mesh | AbstractMesh
+    axes: tuple[str, ...]
+    exchange: Exchange
+
+    @property
+    def devices(self) -> int:
+        """Devices that tokens are split over."""
+        size = 1
+        for axis in self.axes:
+            size *= self.mesh.shape[axis]
+        return size
+
+
+def placement(config: MoEConfig, mesh: Mesh | None) -> Placement | None:
+    """Where a layer computes: on `mesh`, or on that of `jax.set_mesh`; None for one device.
+
+    Raises:
+      ValueError: `mesh` has neither of the axes, or an axis is not of type Auto.
+    """
+    names = (config.data_axis, config.expert_axis)
+    found = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    axes = tuple(name for name in names if name in found.axis_names)
+    if not axes:
+        if mesh is not None:
+            raise ValueError(f"mesh must have an axis {names[0]!r} or {names[1]!r}, got {mesh.axis_names}")
+        return None
+    for name, kind in zip(found.axis_names, found.axis_types):
+        if name in axes and kind != AxisType.Auto:
+            raise ValueError(
+                f"mesh axis {name!r} must be of type Auto, got {kind.name}: jax.make_mesh(..., axis_types=...)"
+            )
+    expert_axis = config.expert_axis if config.expert_axis in axes else None
+    expert_devices = found.shape[expert_axis] if expert_axis else 1
+    return Placement(found, axes, Exchange(config.num_experts, expert_axis, expert_devices))
+
+
+def mix_over_mesh(
+    where: Placement,
+    moe: "MoE",
+    x_td: jax.Array,
+    mask_t: jax.Array | None,
+    noise: RouterNoise,
+    *,
+    sequence_length: int,
+    train: bool,
+) -> tuple[jax.Array, RouterTotals]:
+    """`MoE.mix` of tokens split over a mesh.
+
+    Args:
+      where: the mesh.
+      moe: the layer.
+      x_td: (T, D), zero at padding.
+      mask_t: (T,) bool, or None where there is no padding.
+      noise: for all tokens.
+      sequence_length: tokens per sequence.
+      train: static.
+
+    Returns:
+      (T, D) outputs, split over the mesh, and the totals of all tokens.
+    """
+    tokens = x_td.shape[0]
+    local_tokens = -(-tokens // where.devices)
+
+    def padded(x: jax.Array) -> jax.Array:
+        missing = local_tokens * where.devices - tokens
+        return jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
+
+    everyones_mask_t = jnp.ones(tokens, bool) if mask_t is None else mask_t
+    groups = token_groups(everyones_mask_t, sequence_length, moe.config.group_size)
+    groups = dataclasses.replace(groups, group_t=padded(groups.group_t))
+    local_group = _local_group_size(
+        where, moe.config, sequence_length, local_tokens, masked=mask_t is not None, train=train
+    )
+
+    def on_device(
+        moe: "MoE", x_td: jax.Array, mask_t: jax.Array, noise: RouterNoise, groups: TokenGroups
+    ) -> tuple[jax.Array, RouterTotals]:
+        moe = on_every_device(moe, where)
+
+        def route(inputs: RouterInputs) -> tuple[Choice, Routing]:
+            choice = moe.config.router.choose(inputs, train=train)
+            if local_group is None:
+                routing = _route_among_all(where, moe, choice, groups, train=train)
+            else:
+                routing = moe.assign(choice, token_groups(inputs.mask_t, sequence_length, local_group), train=train)
+            return choice, where.exchange.placed(routing)
+
+        choices = moe.config.router.num_choices(moe.config.num_experts)
+        max_rows = x_td.shape[0] * min(choices, where.exchange.per_device)
+        experts = ExchangedExperts(local=moe.experts, exchange=where.exchange, max_rows=max_rows)
+        outputs_td, totals = moe.mix(x_td, mask_t, noise, route=route, experts=experts, train=train)
+        return outputs_td, summed_over_devices(totals, where)
+
+    split = P(where.axes)
+    moe, specs = _arranged(where, moe)
+    outputs_td, totals = jax.shard_map(
+        on_device,
+        mesh=where.mesh,
+        in_specs=(specs, split, split, split, P()),
+        out_specs=(split, P()),
+        axis_names=set(where.axes),
+        check_vma=True,
+    )(moe, padded(x_td), padded(everyones_mask_t), jax.tree.map(padded, noise), groups)
+    return outputs_td[:tokens], totals
+
+
+def on_every_device(moe: "MoE", where: Placement) -> "MoE":
+    """Weights that are equal on several devices, to be used by each for its own tokens.
+
+    Nothing moves here; it is the transpose that matters: gradients are summed over the devices.
+    """
+
+    over_data = tuple(axis for axis in where.axes if axis != where.exchange.axis)
+
+    def varying(axes: tuple[str, ...]) -> Callable[[jax.Array], jax.Array]:
+        return lambda leaf: jax.lax.pcast(leaf, axes, to="varying") if axes else leaf
+
+    return each_weight(moe, experts=varying(over_data), others=varying(where.axes))
+
+
+def summed_over_devices(totals: RouterTotals, where: Placement) -> RouterTotals:
+    """The totals of all tokens, on every device."""
+    return jax.lax.psum(totals, where.axes)
+
+
+def _arranged(where: Placement, moe: "MoE") -> tuple["MoE", "MoE"]:
+    """The layer with its experts' weights by place, and how each weight is split over the mesh."""
+    exchange = where.exchange
+    if exchange.moves_weights:
+        moe = each_weight(moe, experts=lambda leaf: jnp.take(leaf, exchange.hosted, axis=0), others=lambda leaf: leaf)
+    return moe, each_weight(moe, experts=lambda _: P(exchange.axis), others=lambda _: P())
+
+
+def each_weight(moe: "MoE", *, experts: Callable[[jax.Array], Any], others: Callable[[jax.Array], Any]) -> "MoE":
+    """A function of each weight of the experts, and one of each other weight."""
+
+    def is_stacked(node: Any) -> bool:
+        return isinstance(node, Experts)
+
+    return jax.tree.map(
+        lambda node: jax.tree.map(experts, node) if is_stacked(node) else others(node), moe, is_leaf=is_stacked
+    )
+
+
+def _local_group_size(
+    where: Placement, config: MoEConfig, sequence_length: int, local_tokens: int, *, masked: bool, train: bool
+) -> int | str | None:
+    """The group size with which a device can give out slots on its own, or None where groups are cut by devices."""
+    if config.capacity_factor(train=train) is None:
+        return "batch"
+    if where.devices == 1:
+        return config.group_size
+    if config.group_size == "sequence" and local_tokens % sequence_length == 0:
+        return "sequence"
+    # Groups of so many tokens count real tokens only, so that padding moves their borders.
+    if isinstance(config.group_size, int) and not masked and local_tokens % config.group_size == 0:
+        return config.group_size
+    return None
+
+
+def _route_among_all(where: Placement, moe: "MoE", choice: Choice, groups: TokenGroups, *, train: bool) -> Routing:
+    """Slots for the tokens at hand, after the tokens of all devices have been served in their order.
+
+    What counts among all is who is kept. The slots are then given out anew on each device, without gaps.
+    """
+    local_tokens = choice.expert_index_ta.shape[0]
+
+    def of_all(x: jax.Array) -> jax.Array:
+        return jax.lax.all_gather(jax.lax.stop_gradient(x), where.axes, tiled=True)
+
+    # `assign` reads nothing else of a choice but the gates, which are of no use here.
+    priority_ta = of_all(choice.priority_ta)
+    everyones = dataclasses.replace(
+        choice,
+        expert_index_ta=of_all(choice.expert_index_ta),
+        wanted_ta=of_all(choice.wanted_ta),
+        priority_ta=priority_ta,
+        gate_ta=priority_ta,
+    )
+    among_all = moe.assign(everyones, groups, train=train)
+    device = jax.lax.axis_index(where.axes)
+    keep_ta = jax.lax.dynamic_slice_in_dim(among_all.keep_ta, device * local_tokens, local_tokens)
+
+    everyone_t = jnp.zeros(local_tokens, jnp.int32)
+    local_group = TokenGroups(group_t=everyone_t, count_g=jnp.full(1, local_tokens, jnp.int32), size=local_tokens)
+    kept = dataclasses.replace(choice, wanted_ta=keep_ta)
+    packed = assign_slots(kept, local_group, num_experts=moe.config.num_experts, capacity_factor=None)
+    groups_touched = min((local_tokens + groups.size - 2) // groups.size + 1, groups.num_groups)
+    available_e1 = among_all.available_eg.sum(1, keepdims=True)
+    return dataclasses.replace(
+        packed,
+        # Counted once, for the totals are summed over devices.
+        available_eg=jnp.where(device == 0, available_e1, 0),
+        capacity=min(local_tokens, groups_touched * among_all.capacity),
+    )

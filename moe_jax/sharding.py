@@ -1,0 +1,92 @@
+"""How the parameters of a model with expert layers, and tokens, are spread over a mesh."""
+
+import re
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+# Parameters of `Experts`, known by their names: these are the same in a module, its gradients, the state of an
+# optimiser and a checkpoint. The number is that of their own axes, experts first; axes before those are layers.
+STACKED = {"w_in_edf": 3, "b_in_ef": 2, "mult_bias_ef": 2, "w_out_efd": 3, "b_out_ed": 2}
+
+
+def param_shardings(
+    tree: Any, mesh: Mesh, *, fsdp: bool = False, data_axis: str = "data", expert_axis: str = "expert"
+) -> Any:
+    """Where each array of a model or of its optimiser's state belongs.
+
+    Weights of experts are split over the expert axis: by expert where the axis divides E, so that they are where they
+    are used; over the largest other dimension that it divides where not, and moved on every use. Everything else is on
+    every device.
+
+        shardings = param_shardings(state, mesh)
+        state = jax.device_put(state, shardings)
+        step = jax.jit(step, out_shardings=(shardings, None))
+
+    Args:
+      tree: a module that contains `MoE`s at any depth, an Optax state for it, or any pytree of both, of arrays or
+        `jax.ShapeDtypeStruct`s. Weights of several layers may be stacked in front, for `jax.lax.scan`.
+      mesh: the devices. Axes that it lacks split nothing.
+      fsdp: whether every array of two or more dimensions is also split over the data axis, along the largest
+        dimension that is left and that the axis divides.
+      data_axis: its name.
+      expert_axis: its name.
+
+    Returns:
+      The tree with a `NamedSharding` for each array.
+    """
+    sizes = dict(mesh.shape)
+
+    def sharding(path: tuple[Any, ...], leaf: jax.Array) -> NamedSharding:
+        names: list[str | None] = [None] * leaf.ndim
+        stacked = _stacked_axes(path)
+        if stacked and expert_axis in sizes:
+            first = leaf.ndim - stacked
+            _split(names, leaf.shape, [first, *_largest_first(leaf.shape, first + 1)], expert_axis, sizes)
+        if fsdp and data_axis in sizes and leaf.ndim >= 2:
+            _split(names, leaf.shape, _largest_first(leaf.shape, 0), data_axis, sizes)
+        return NamedSharding(mesh, P(*names))
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def token_sharding(mesh: Mesh, batch: int, *, data_axis: str = "data", expert_axis: str = "expert") -> NamedSharding:
+    """Where (B, ...) tokens, targets and masks belong so that a layer on the mesh need not move them.
+
+    Over both axes where they divide the batch, over that of data where only it does, else on every device.
+
+    Args:
+      mesh: the devices. Axes that it lacks split nothing.
+      batch: B.
+      data_axis: its name.
+      expert_axis: its name.
+    """
+    sizes = dict(mesh.shape)
+    axes = tuple(axis for axis in (data_axis, expert_axis) if axis in sizes)
+    for split in (axes, axes[:1]):
+        devices = 1
+        for axis in split:
+            devices *= sizes[axis]
+        if batch % devices == 0:
+            return NamedSharding(mesh, P(split))
+    return NamedSharding(mesh, P())
+
+
+def _stacked_axes(path: tuple[Any, ...]) -> int:
+    """The number of a parameter's own axes if it is one of `Experts`, else 0."""
+    names = re.findall(r"\w+", jax.tree_util.keystr(path))
+    return next((STACKED[name] for name in names if name in STACKED), 0)
+
+
+def _largest_first(shape: tuple[int, ...], start: int) -> list[int]:
+    return sorted(range(start, len(shape)), key=lambda axis: -shape[axis])
+
+
+def _split(names: list[str | None], shape: tuple[int, ...], order: list[int], name: str, sizes: dict[str, int]) -> None:
+    """Gives the name to the first dimension in order that has none and is divisible."""
+    for axis in order:
+        if names[axis] is None and shape[axis] % sizes[name] == 0:
+            names[axis] = name
+            return

@@ -1,0 +1,102 @@
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from experiments.launch import LaunchConfig, environments
+from experiments.runtime import start_processes
+
+
+def launch(*command, processes=2, devices=3, **options):
+    size = ["--processes", str(processes), "--devices-per-process", str(devices)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "experiments.launch", *size, "--", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def python(program):
+    return sys.executable, "-uc", f"import os, signal, sys, time; index = int(os.environ['JAX_PROCESS_ID']); {program}"
+
+
+def test_every_process_is_told_of_the_others():
+    found = environments(
+        LaunchConfig(processes=3, devices_per_process=4),
+        {"XLA_FLAGS": "--xla_a=b --xla_force_host_platform_device_count=8", "PATH": "here"},
+    )
+    assert [environment.pop("JAX_PROCESS_ID") for environment in found] == ["0", "1", "2"]
+    assert found[0] == found[1] == found[2]
+    assert re.fullmatch(r"localhost:\d+", found[0].pop("JAX_COORDINATOR_ADDRESS"))
+    assert found[0] == {
+        "JAX_NUM_PROCESSES": "3",
+        "JAX_PLATFORMS": "cpu",
+        "PATH": "here",
+        "XLA_FLAGS": "--xla_a=b --xla_force_host_platform_device_count=4",
+    }
+
+
+def test_process_0_is_shown():
+    outputs = launch(*python("print('I am', index)")).communicate(timeout=300)
+    assert outputs == ("I am 0\n", "")
+
+
+@pytest.mark.parametrize(
+    ("end", "code"), [("sys.exit(3)", 3), ("os.kill(os.getpid(), signal.SIGKILL)", 128 + signal.SIGKILL)]
+)
+def test_the_first_to_fail_is_shown_and_gives_the_exit_code(end, code, tmp_path):
+    program = (
+        "print('I am', index)\nended = sys.argv[1] + '/ended'"
+        f"\nif index == 2:\n open(ended, 'w')\n {end}"
+        "\nwhile not os.path.exists(ended): time.sleep(0.01)"
+        "\ntime.sleep(2)\nsys.exit(7 if index == 1 else 0)"
+    )
+    process = launch(*python(program), str(tmp_path), processes=3)
+    output, error = process.communicate(timeout=300)
+    assert process.returncode == code
+    assert output == "I am 0\n"
+    assert error == f"process 2 ended first, exit code {code}:\n  I am 2\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_reach_every_process_once(number, tmp_path):
+    """The launcher leads a process group of its own, as under a terminal, and the whole group gets the signal."""
+    program = (
+        "\ndef note(name): open(sys.argv[1] + '/' + name + str(index), 'a').write('x')"
+        "\ndef both(name):\n while sum(f.startswith(name) for f in os.listdir(sys.argv[1])) < 2: time.sleep(0.01)"
+        f"\nsignal.signal({int(number)}, lambda *_: note('signal'))\nnote('ready')\nboth('ready')\nprint('ready')"
+        "\nboth('signal')\ntime.sleep(0.5)\nsys.exit(5)"
+    )
+    process = launch(*python(program), str(tmp_path), start_new_session=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    os.killpg(process.pid, number)
+    process.communicate(timeout=300)
+    assert process.returncode == 5
+    assert [(tmp_path / f"signal{index}").read_text() for index in range(2)] == ["x", "x"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--processes", "0", "--", "true"], "processes must be at least 1, got 0"),
+        (["--processes", "2"], "command must follow behind --, got none"),
+        (["--", "no-such-program"], "command must be a program and its arguments, got no-such-program: No such file"),
+    ],
+)
+def test_bad_input(arguments, message):
+    command = [sys.executable, "-m", "experiments.launch", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_environment_that_is_no_number(monkeypatch):
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+    with pytest.raises(ValueError, match="JAX_NUM_PROCESSES must be an integer, got 'two'"):
+        start_processes()

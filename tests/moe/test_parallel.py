@@ -1,0 +1,143 @@
+"""A layer over a mesh computes what it computes on one device: outputs, losses, metrics and every gradient."""
+
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import moe_jax.parallel
+from moe_jax import CoordinateDescent, ExpertChoice, MoE, RouterTotals, TopN
+from moe_jax.parallel import Placement
+from tests.moe.meshes import MESHES, Case, Results, all_on, assert_equal, case, drops, mesh_of, results, worst_errors
+from tests.moe.support import ALL
+
+EXPERTS = (1, 3, 5, 8, 16)
+RANDOM = TopN()
+
+
+def router_for(num_experts: int) -> TopN:
+    return TopN(n=1) if num_experts == 1 else ALL
+
+
+def float64_cases() -> list[Case]:
+    return [case(num_experts=n, router=router_for(n), dtype=jnp.float64) for n in EXPERTS]
+
+
+@cache
+def float64_on_one_device() -> list[Results]:
+    return results(float64_cases())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_any_number_of_experts_on_any_mesh(shape: tuple[int, int]):
+    """In float64, where nothing but the order of sums may differ."""
+    with jax.enable_x64(True):
+        wanted = float64_on_one_device()
+        assert [drops(r) > 0 for r in wanted] == [n > 1 for n in EXPERTS]
+        assert wanted[0].out.outputs.dtype == jnp.float64
+        assert_equal(results(all_on(mesh_of(*shape), float64_cases())), wanted, relative=1e-12)
+
+
+# Each line: the number of experts and the options, on one mesh. Together: every dispatch with every slot order, kind of
+# group and router; groups cut by devices and whole ones; with drops and without; with and without padding.
+COVER: dict[tuple[int, int], list[dict[str, Any]]] = {
+    (2, 4): [
+        {"num_experts": 5, "dispatch": "index", "slot_order": "choice", "group_size": "batch"},
+        {"num_experts": 3, "dispatch": "ragged", "num_shared_experts": 1},
+        {"num_experts": 8, "dispatch": "dense", "slot_order": "priority", "group_size": 7},
+        {"num_experts": 16, "dispatch": "ragged", "router": ExpertChoice()},
+    ],
+    (3, 2): [
+        {"num_experts": 5, "dispatch": "ragged", "straight_through": True},
+        {"num_experts": 8, "dispatch": "index", "slot_order": "priority", "masked": False},
+        {"num_experts": 3, "dispatch": "dense", "group_size": "batch", "slot_order": "choice"},
+        {"num_experts": 16, "dispatch": "index", "group_size": 11, "masked": False},
+    ],
+    (1, 8): [
+        {"num_experts": 16, "dispatch": "index", "router": RANDOM, "gumbel_noise": 0.5, "input_jitter": 0.1},
+        {"num_experts": 8, "dispatch": "ragged", "router": TopN(n=3, policy_train="all", score="sigmoid", bias=True)},
+        {"num_experts": 5, "dispatch": "dense", "group_size": 4},
+        {"num_experts": 3, "dispatch": "index", "capacity_factor_train": None, "slot_order": "priority"},
+        {"num_experts": 1, "dispatch": "ragged", "router": TopN(n=1)},
+    ],
+    (2, 2): [
+        {"num_experts": 3, "dispatch": "index", "router": CoordinateDescent(policy_train="all"), "group_size": "batch"},
+        {"num_experts": 16, "dispatch": "ragged", "masked": False},
+        {"num_experts": 5, "dispatch": "index", "straight_through": True, "group_size": 3},
+    ],
+    (8, 1): [
+        {"num_experts": 5, "dispatch": "ragged", "router": RANDOM},
+        {"num_experts": 3, "dispatch": "index", "slot_order": "choice"},
+    ],
+    (1, 1): [{"num_experts": 5, "dispatch": dispatch} for dispatch in ("dense", "index", "ragged")],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", COVER, ids=str)
+def test_every_option(shape: tuple[int, int]):
+    cases = [case(**options) for options in COVER[shape]]
+    assert_equal(results(all_on(mesh_of(*shape), cases)), results(cases), relative=1e-5)
+
+
+def gradients_of_first_device(moe: MoE, where: Placement) -> MoE:
+    """As `on_every_device`, with the sum over devices left out: each gradient is that of device 0's tokens."""
+
+    def of_first(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+        return jax.lax.psum(jnp.where(jax.lax.axis_index(axes) == 0, x, 0), axes)
+
+    def left_out(axes: tuple[str, ...]) -> Any:
+        @jax.custom_vjp
+        def varying(leaf: jax.Array) -> jax.Array:
+            return jax.lax.pcast(leaf, axes, to="varying")
+
+        varying.defvjp(lambda leaf: (varying(leaf), None), lambda _, bar: (of_first(bar, axes),))
+        return varying
+
+    data = tuple(axis for axis in where.axes if axis != where.exchange.axis)
+    return moe_jax.parallel.each_weight(moe, experts=left_out(data), others=left_out(where.axes))
+
+
+def totals_of_first_device(totals: RouterTotals, where: Placement) -> RouterTotals:
+    """As `summed_over_devices`, with the sum left out."""
+    first = jax.lax.axis_index(where.axes) == 0
+    return jax.lax.psum(jax.tree.map(lambda x: jnp.where(first, x, jnp.zeros_like(x)), totals), where.axes)
+
+
+@pytest.mark.parametrize(
+    ("name", "without_sum", "expected"),
+    [
+        ("on_every_device", gradients_of_first_device, ".moe_bar.router_de"),
+        ("summed_over_devices", totals_of_first_device, ".out.balance_loss"),
+    ],
+)
+def test_a_missing_sum_over_devices_is_found(
+    name: str, without_sum: Any, expected: str, monkeypatch: pytest.MonkeyPatch
+):
+    cases = [case(num_experts=4)]
+    wanted = results(cases)
+    monkeypatch.setattr(moe_jax.parallel, name, without_sum)
+    jax.clear_caches()
+    errors = worst_errors(results(all_on(mesh_of(2, 2), cases))[0], wanted[0])
+    assert max(error for path, error in errors.items() if expected in path) > 0.05
+    jax.clear_caches()
+
+
+def test_bfloat16():
+    cases = [case(num_experts=5, dispatch=dispatch) for dispatch in ("index", "ragged")]
+    cases = [c._replace(x=c.x.astype(jnp.bfloat16)) for c in cases]
+    got = results(all_on(mesh_of(2, 2), cases))
+    assert got[0].out.outputs.dtype == jnp.bfloat16
+    assert_equal(got, results(cases), relative=2e-2)
+
+
+def test_dropped_tokens_are_the_same():
+    """With the capacity of half the tokens, the outputs that are zero are zero on every mesh."""
+    cases = [case(num_experts=4, router=TopN(n=1), capacity_factor_train=0.5, bias=False, masked=False)]
+    one, other = (np.asarray(r[0].out.outputs) == 0 for r in (results(cases), results(all_on(mesh_of(2, 4), cases))))
+    assert 0 < one.all(-1).sum() < one.shape[0] * one.shape[1]
+    np.testing.assert_array_equal(one, other)
