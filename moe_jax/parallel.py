@@ -4,7 +4,8 @@ The mesh has an axis of data and an axis of experts (either may be missing); tok
 the second, routers are on every device. On each device, what `MoE.mix` does on one: route the tokens at hand, give
 out slots, ship the rows to their experts and back (`moe_jax.exchange`), sum. Three things are not local:
 
-- randomness, groups of tokens and the mask are made for all tokens before they are split;
+- randomness, groups of tokens and the mask are made for all tokens before they are split (a router of your own must
+  choose for each token alone);
 - who gets a slot is decided over each whole group of tokens: where groups are cut by devices, every device gathers
   what all tokens ask for (integers, no hidden states) and decides for all;
 - counts and probabilities are summed over all devices before anything is multiplied.
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -168,7 +170,8 @@ def on_every_device(moe: "MoE", where: Placement) -> "MoE":
 
 def summed_over_devices(totals: RouterTotals, where: Placement) -> RouterTotals:
     """The totals of all tokens, on every device."""
-    return jax.lax.psum(totals, where.axes)
+    flat, restore = ravel_pytree(totals)
+    return restore(jax.lax.psum(flat, where.axes))
 
 
 def _arranged(where: Placement, moe: "MoE") -> tuple["MoE", "MoE"]:
