@@ -123,7 +123,8 @@ def test_a_missing_sum_over_devices_is_found(
     monkeypatch.setattr(moe_jax.parallel, name, without_sum)
     jax.clear_caches()
     errors = worst_errors(results(all_on(mesh_of(2, 2), cases))[0], wanted[0])
-    assert max(error for path, error in errors.items() if expected in path) > 0.05
+    # A hundred times what is allowed.
+    assert max(error for path, error in errors.items() if expected in path) > 1e-3
     jax.clear_caches()
 
 

@@ -111,5 +111,6 @@ def test_axes_that_a_mesh_lacks_split_nothing():
     mesh = jax.make_mesh((4,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
     assert all(sharding.is_fully_replicated for sharding in jax.tree.leaves(param_shardings(model(), mesh, fsdp=True)))
     assert token_sharding(mesh, 8).is_fully_replicated
-    named = param_shardings(model(), mesh_of(2, 4, ("rows", "specialists")), expert_axis="specialists")
-    assert named.blocks[1].moe.experts.w_in_edf[...].spec == P("specialists", None, None)
+    experts = model().blocks[0].moe.experts
+    named = param_shardings(experts, mesh_of(2, 4, ("rows", "specialists")), expert_axis="specialists")
+    assert all(sharding.spec[0] == "specialists" for sharding in jax.tree.leaves(named))
