@@ -162,7 +162,6 @@ def on_every_device(moe: "MoE", where: Placement) -> "MoE":
 
     Nothing moves here; it is the transpose that matters: gradients are summed over the devices.
     """
-
     over_data = tuple(axis for axis in where.axes if axis != where.exchange.axis)
 
     def varying(axes: tuple[str, ...]) -> Callable[[jax.Array], jax.Array]:
