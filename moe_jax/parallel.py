@@ -4,9 +4,11 @@ The mesh has an axis of data and an axis of experts (either may be missing); tok
 the second, routers are on every device. On each device, what `MoE.mix` does on one: route the tokens at hand, give
 out slots, ship the rows to their experts and back (`moe_jax.exchange`), sum. Three things are not local:
 
-- randomness, groups of tokens and the mask are made for all tokens before they are split;
+- randomness, groups of tokens and the mask are made for all tokens before they are split (a router of your own must
+  choose for each token alone);
 - who gets a slot is decided over each whole group of tokens: where groups are cut by devices, every device gathers
-  what all tokens ask for (integers, no hidden states) and decides for all;
+  what all tokens ask for (integers, no hidden states) and decides for all, and the buffers that travel are as large
+  as the worst case needs (whole sequences on each device, or no capacity, avoid both);
 - counts and probabilities are summed over all devices before anything is multiplied.
 
     device (data 0, expert 0)   tokens 0 .. 5     experts 0, 1
@@ -21,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -116,9 +120,10 @@ def mix_over_mesh(
     everyones_mask_t = jnp.ones(tokens, bool) if mask_t is None else mask_t
     groups = token_groups(everyones_mask_t, sequence_length, moe.config.group_size)
     groups = dataclasses.replace(groups, group_t=padded(groups.group_t))
-    local_group = _local_group_size(
-        where, moe.config, sequence_length, local_tokens, masked=mask_t is not None, train=train
-    )
+    # Groups of so many tokens count real tokens only: padding moves their borders.
+    moving = isinstance(moe.config.group_size, int) and mask_t is not None
+    most_groups = _most_groups(where, groups, local_tokens, moving=moving)
+    local_group = _local_group_size(where, moe.config, sequence_length, local_tokens, moving=moving, train=train)
 
     def on_device(
         moe: "MoE", x_td: jax.Array, mask_t: jax.Array, noise: RouterNoise, groups: TokenGroups
@@ -128,7 +133,7 @@ def mix_over_mesh(
         def route(inputs: RouterInputs) -> tuple[Choice, Routing]:
             choice = moe.config.router.choose(inputs, train=train)
             if local_group is None:
-                routing = _route_among_all(where, moe, choice, groups, train=train)
+                routing = _route_among_all(where, moe, choice, groups, most_groups=most_groups, train=train)
             else:
                 routing = moe.assign(choice, token_groups(inputs.mask_t, sequence_length, local_group), train=train)
             return choice, where.exchange.placed(routing)
@@ -157,7 +162,6 @@ def on_every_device(moe: "MoE", where: Placement) -> "MoE":
 
     Nothing moves here; it is the transpose that matters: gradients are summed over the devices.
     """
-
     over_data = tuple(axis for axis in where.axes if axis != where.exchange.axis)
 
     def varying(axes: tuple[str, ...]) -> Callable[[jax.Array], jax.Array]:
@@ -168,7 +172,8 @@ def on_every_device(moe: "MoE", where: Placement) -> "MoE":
 
 def summed_over_devices(totals: RouterTotals, where: Placement) -> RouterTotals:
     """The totals of all tokens, on every device."""
-    return jax.lax.psum(totals, where.axes)
+    flat, restore = ravel_pytree(totals)
+    return restore(jax.lax.psum(flat, where.axes))
 
 
 def _arranged(where: Placement, moe: "MoE") -> tuple["MoE", "MoE"]:
@@ -191,7 +196,7 @@ def each_weight(moe: "MoE", *, experts: Callable[[jax.Array], Any], others: Call
 
 
 def _local_group_size(
-    where: Placement, config: MoEConfig, sequence_length: int, local_tokens: int, *, masked: bool, train: bool
+    where: Placement, config: MoEConfig, sequence_length: int, local_tokens: int, *, moving: bool, train: bool
 ) -> int | str | None:
     """The group size with which a device can give out slots on its own, or None where groups are cut by devices."""
     if config.capacity_factor(train=train) is None:
@@ -200,16 +205,35 @@ def _local_group_size(
         return config.group_size
     if config.group_size == "sequence" and local_tokens % sequence_length == 0:
         return "sequence"
-    # Groups of so many tokens count real tokens only, so that padding moves their borders.
-    if isinstance(config.group_size, int) and not masked and local_tokens % config.group_size == 0:
+    if isinstance(config.group_size, int) and not moving and local_tokens % config.group_size == 0:
         return config.group_size
     return None
 
 
-def _route_among_all(where: Placement, moe: "MoE", choice: Choice, groups: TokenGroups, *, train: bool) -> Routing:
+def _most_groups(where: Placement, groups: TokenGroups, local_tokens: int, *, moving: bool) -> int:
+    """The most groups that the tokens of one device can be of.
+
+    Args:
+      where: the mesh.
+      groups: of all tokens: neighbours, `size` to each but the last.
+      local_tokens: tokens per device.
+      moving: whether padding moves the borders of the groups, so that they may fall anywhere.
+    """
+    if moving:
+        most = (local_tokens + groups.size - 2) // groups.size + 1
+    else:
+        first = np.arange(where.devices) * local_tokens
+        most = int(((first + local_tokens - 1) // groups.size - first // groups.size).max()) + 1
+    return min(most, groups.num_groups)
+
+
+def _route_among_all(
+    where: Placement, moe: "MoE", choice: Choice, groups: TokenGroups, *, most_groups: int, train: bool
+) -> Routing:
     """Slots for the tokens at hand, after the tokens of all devices have been served in their order.
 
-    What counts among all is who is kept. The slots are then given out anew on each device, without gaps.
+    What counts among all is who is kept. The slots are then given out anew on each device, without gaps, in a buffer
+    that is large enough however the kept tokens are spread: the slots of `most_groups` groups.
     """
     local_tokens = choice.expert_index_ta.shape[0]
 
@@ -233,11 +257,10 @@ def _route_among_all(where: Placement, moe: "MoE", choice: Choice, groups: Token
     local_group = TokenGroups(group_t=everyone_t, count_g=jnp.full(1, local_tokens, jnp.int32), size=local_tokens)
     kept = dataclasses.replace(choice, wanted_ta=keep_ta)
     packed = assign_slots(kept, local_group, num_experts=moe.config.num_experts, capacity_factor=None)
-    groups_touched = min((local_tokens + groups.size - 2) // groups.size + 1, groups.num_groups)
     available_e1 = among_all.available_eg.sum(1, keepdims=True)
     return dataclasses.replace(
         packed,
         # Counted once, for the totals are summed over devices.
         available_eg=jnp.where(device == 0, available_e1, 0),
-        capacity=min(local_tokens, groups_touched * among_all.capacity),
+        capacity=min(local_tokens, most_groups * among_all.capacity),
     )

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import moe_jax.parallel
-from moe_jax import CoordinateDescent, ExpertChoice, MoE, RouterTotals, TopN
-from moe_jax.parallel import Placement
+from moe_jax import CoordinateDescent, ExpertChoice, MoE, RouterTotals, TopN, token_groups
+from moe_jax.exchange import Exchange
+from moe_jax.parallel import Placement, _most_groups
 from tests.moe.meshes import MESHES, Case, Results, all_on, assert_equal, case, drops, mesh_of, results, worst_errors
 from tests.moe.support import ALL
 
@@ -123,7 +124,8 @@ def test_a_missing_sum_over_devices_is_found(
     monkeypatch.setattr(moe_jax.parallel, name, without_sum)
     jax.clear_caches()
     errors = worst_errors(results(all_on(mesh_of(2, 2), cases))[0], wanted[0])
-    assert max(error for path, error in errors.items() if expected in path) > 0.05
+    # A hundred times what is allowed.
+    assert max(error for path, error in errors.items() if expected in path) > 1e-3
     jax.clear_caches()
 
 
@@ -141,3 +143,18 @@ def test_dropped_tokens_are_the_same():
     one, other = (np.asarray(r[0].out.outputs) == 0 for r in (results(cases), results(all_on(mesh_of(2, 4), cases))))
     assert 0 < one.all(-1).sum() < one.shape[0] * one.shape[1]
     np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_no_device_has_tokens_of_more_groups_than_its_buffer_has_room_for(masked: bool):
+    random = np.random.default_rng(0)
+    for devices, local_tokens, size in [(2, 7, 3), (4, 6, 6), (4, 6, 4), (8, 5, 1), (3, 8, 20), (8, 4, 8)]:
+        where = Placement(mesh_of(1, devices), ("expert",), Exchange(4, "expert", devices))
+        for _ in range(20 if masked else 1):
+            mask_t = random.random(devices * local_tokens) < (0.7 if masked else 1)
+            groups = token_groups(jnp.asarray(mask_t), local_tokens, size)
+            by_device = zip(np.asarray(groups.group_t).reshape(devices, -1), mask_t.reshape(devices, -1))
+            found = max(len(set(group_t[real_t].tolist())) for group_t, real_t in by_device)
+            most = _most_groups(where, groups, local_tokens, moving=masked)
+            # Without padding, no more room than is needed.
+            assert found <= most if masked else found == most

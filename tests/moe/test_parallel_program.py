@@ -11,13 +11,11 @@ from jax.sharding import Mesh
 
 from experiments.collectives import Collective, collectives
 from moe_jax import MoE, param_shardings, token_sharding
-from tests.moe.meshes import mesh_of, on
+from tests.moe.meshes import QUICK, mesh_of, on
 from tests.moe.support import ALL, config, initial_layer
 
 BATCH, LENGTH, DIM, EXPERTS, CAPACITY_FACTOR = 8, 64, 32, 8, 1.0
 FLOAT32 = 4
-# Compiled for their text only.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @cache

@@ -1,0 +1,35 @@
+import pytest
+
+from experiments import assert_expert_parallel
+from experiments.assert_expert_parallel import AssertConfig, Row
+
+TINY = ["--dim", "8", "--num-experts", "3", "--batch", "3", "--length", "5", "--data", "2", "--expert", "2"]
+
+
+def test_equal_within_the_tolerance_and_different_beyond_it(capsys: pytest.CaptureFixture[str]):
+    assert assert_expert_parallel.main([*TINY, "--dtype", "float64"]) == 0
+    shown = capsys.readouterr().out
+    assert "2 data × 2 expert" in shown
+    assert "gradient of parameters.experts.w_in_edf" in shown
+    # No two orders of summing agree to the last bit everywhere.
+    assert assert_expert_parallel.main([*TINY, "--dtype", "float64", "--tolerance", "0"]) == 1
+    assert "DIFFERENT" in capsys.readouterr().out
+
+
+def test_a_gradient_of_nothing_but_zeros_proves_nothing():
+    assert not Row("gradient of input", largest=0.0, error=0.0).passes(1e-5)
+    assert Row("metrics.nonfinite_logits", largest=0.0, error=0.0).passes(1e-5)
+    assert not Row("outputs", largest=1.0, error=float("nan")).passes(1e-5)
+
+
+def test_meshes():
+    def shape(data: int | None = None, expert: int | None = None) -> dict[str, int]:
+        return dict(assert_expert_parallel.mesh_of(AssertConfig(data=data, expert=expert)).shape)
+
+    assert shape() == {"data": 1, "expert": 8}
+    assert shape(data=2) == {"data": 2, "expert": 4}
+    assert shape(expert=3) == {"data": 2, "expert": 3}
+    with pytest.raises(ValueError, match=r"data \* expert must be at most the 8 devices, got 4 \* 3"):
+        shape(data=4, expert=3)
+    with pytest.raises(ValueError, match="expert must be at least 1, got 0"):
+        shape(expert=0)
