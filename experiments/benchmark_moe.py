@@ -1,6 +1,7 @@
 """How fast a mixture of experts is against PyTorch's, against a dense layer, and as sequences and experts grow.
 
     python -m experiments.benchmark_moe --sections dense sequence experts --output runs/benchmark_moe.json
+    python -m experiments.benchmark_moe --mesh 1x1 1x2 1x4 1x8 2x4 8x1     # data x expert, on forced devices of a CPU
 
 Every ratio is of things timed in turn in this one process. Sections `original` and `mixtral` need the `bench` extra. A
 section's results replace those of an earlier run in the same file; the other sections' stay.
@@ -13,6 +14,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -23,12 +25,13 @@ from rich.console import Console
 from rich.table import Table
 
 import moe_jax
-from experiments import moe_programs, moe_reference
+from experiments import mesh_costs, moe_programs, moe_reference
 from experiments.measure import alternate
 from experiments.peak_memory import peak_memory
 from experiments.report import machine
+from experiments.runtime import exit_with
 
-Section = Literal["original", "mixtral", "dense", "sequence", "experts"]
+Section = Literal["original", "mixtral", "dense", "sequence", "experts", "mesh"]
 Shape = tuple[int, int]
 OURS = "moe_jax"
 # Whether a call is a forward and backward in training, or a forward in evaluation.
@@ -40,7 +43,8 @@ class Config:
     """Sizes of the benchmark; the defaults are the project's stated figures.
 
     Attributes:
-      sections: what to measure.
+      sections: what to measure; with `mesh`, that alone.
+      mesh: meshes, each DATAxEXPERT, whose programs are compiled and read: what each device sends, computes, keeps.
       dim: width of the hidden states.
       num_experts: experts, where their number is not what varies. Two of them are active per token.
       shapes: (batch, sequence) of the comparison with the original.
@@ -56,6 +60,7 @@ class Config:
     """
 
     sections: tuple[Section, ...] = ("original", "mixtral", "dense", "sequence", "experts")
+    mesh: tuple[str, ...] = ()
     dim: int = 512
     num_experts: int = 16
     shapes: tuple[Shape, ...] = ((4, 1024), (1, 4096), (1, 16384))
@@ -82,11 +87,12 @@ def main(config: Config) -> dict[str, Any]:
         "dense": against_dense,
         "sequence": over_sequence,
         "experts": over_experts,
+        "mesh": over_meshes,
     }
     report: dict[str, Any] = json.loads(config.output.read_text()) if config.output.exists() else {}
-    for section in config.sections:
+    for section in ("mesh",) if config.mesh else config.sections:
         rows = list(measure[section](config))
-        _print(section, rows)
+        (_print_meshes if section == "mesh" else partial(_print, section))(rows)
         report[section] = {
             "machine": machine() | {"cores": os.cpu_count()},
             "versions": moe_reference.versions() if section in ("original", "mixtral") else {},
@@ -204,6 +210,19 @@ def _kept(metrics: moe_jax.Metrics, x: jax.Array) -> int:
     return round(float((metrics.wanted_a * (1 - metrics.dropped_a)).sum()) * x.shape[0] * x.shape[1])
 
 
+def over_meshes(config: Config) -> Iterable[Row]:
+    """A sequence of `shape` on each device of every mesh: compiled, not run."""
+    meshes = [mesh_costs.parsed_mesh(text) for text in config.mesh]
+    if not meshes:
+        raise ValueError("mesh must name at least one mesh for the section 'mesh', got none")
+    needed = max(data * expert for data, expert in meshes)
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", needed)
+    if needed > jax.device_count():
+        raise ValueError(f"mesh must fit the {jax.device_count()} devices, got {' '.join(config.mesh)}")
+    return mesh_costs.over_meshes(meshes, dim=config.dim, num_experts=config.num_experts, length=config.shape[1])
+
+
 def _difference(ours: jax.Array, theirs: np.ndarray) -> float:
     return float(np.abs(np.asarray(ours) - theirs).max())
 
@@ -245,6 +264,23 @@ def _print(section: str, rows: list[Row]) -> None:
     Console().print(table)
 
 
+def _print_meshes(rows: list[Row]) -> None:
+    table = Table(
+        title="each device, with a sequence of its own, counted in the compiled program",
+        caption="moves: all-to-alls; buffers: their bytes in capacity buffers; beside: gradients and counts summed; "
+        "held: arguments. A loop counts once, as that over experts of few rows where no device exchanges.",
+    )
+    for column in ("mesh", "mode", "moves", "MB", "buffers", "MB beside", "GFLOP", "MB held"):
+        table.add_column(column)
+    for row in rows:
+        buffers = row["all_to_all_bytes"] / row["buffer_bytes"] if row["buffer_bytes"] else 0.0
+        beside = f"{row['other_bytes'] / 1e6:.3f}"
+        sizes = (f"{row[name] / scale:.2f}" for name, scale in (("flops", 1e9), ("argument_bytes", 1e6)))
+        exchange = str(row["all_to_alls"]), f"{row['all_to_all_bytes'] / 1e6:.2f}", f"{buffers:.2f}"
+        table.add_row(row["mesh"], row["mode"], *exchange, beside, *sizes)
+    Console().print(table)
+
+
 def _also(row: Row) -> str:
     """What is known of a row besides its times, in words."""
     words = []
@@ -261,5 +297,11 @@ def _also(row: Row) -> str:
     return "; ".join(words)
 
 
-if __name__ == "__main__":
+def run() -> int:
+    """Reads the command line and measures."""
     main(tyro.cli(Config, description=__doc__))
+    return 0
+
+
+if __name__ == "__main__":
+    exit_with(run)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -37,6 +38,32 @@ def test_sections_are_measured_and_added_to_the_file(tmp_path):
     }
     assert report["experts"]["rows"][0]["base"] == "2"
     assert report["experts"]["config"]["repeats"] == 2
+
+
+def test_meshes_are_read_from_the_compiled_programs(tmp_path):
+    report = benchmark_moe.main(dataclasses.replace(tiny(tmp_path, "dense"), mesh=("1x2", "2x2"), shape=(1, 32)))
+    assert list(report) == ["mesh"]
+    rows = report["mesh"]["rows"]
+    assert [(row["mesh"], row["all_to_alls"]) for row in rows] == [("1x2", 2), ("1x2", 4), ("2x2", 2), ("2x2", 4)]
+    for row in rows:
+        # floor(32 · 1.25 / 4) slots for each of 4 experts, of which half stay.
+        assert row["buffer_bytes"] == 4 * 10 * 8 * 4 / 2
+        assert row["all_to_all_bytes"] == row["all_to_alls"] * row["buffer_bytes"]
+        assert row["other_kinds"] == ["all-reduce"]
+        assert row["flops"] > 0
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        (("2by2",), "mesh must be DATAxEXPERT, such as 2x4, got '2by2'"),
+        (("0x2",), "mesh must be DATAxEXPERT, such as 2x4, got '0x2'"),
+        (("4x4",), "mesh must fit the 8 devices, got 4x4"),
+    ],
+)
+def test_meshes_refused(tmp_path, mesh, message):
+    with pytest.raises(ValueError, match=message):
+        benchmark_moe.main(dataclasses.replace(tiny(tmp_path), mesh=mesh))
 
 
 def test_exponents():
