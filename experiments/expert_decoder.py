@@ -16,11 +16,13 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
-from moe_jax import FeedForward, MoE, MoEConfig, MoEOutput, RMSNorm, SparseMoEBlock, TopN
+from moe_jax import FeedForward, MoE, MoEConfig, MoEOutput, RMSNorm, SparseMoEBlock, TopN, param_shardings
 from spec_jax import Decoder, DecoderConfig
 from spec_jax.layers import FeedForward as DecoderFeedForward
 from spec_jax.layers import rotary_angles
+from spec_jax.sharding import decoder_shardings
 
 Kind = Literal["sparse", "equal_flops", "equal_parameters"]
 
@@ -218,6 +220,23 @@ def routing_reports(outputs: Mapping[int, MoEOutput]) -> dict[str, jax.Array]:
         for expert, load in enumerate(out.metrics.load_e):
             reports[f"load/layer{layer}/expert{expert:02}"] = load
     return reports
+
+
+def decoder_places(decoder: Any, mesh: Mesh) -> Any:
+    """Where each weight of a decoder lies on a mesh: experts along `expert`, heads and hidden units along `model`.
+
+    Args:
+      decoder: with or without mixtures.
+      mesh: with any of these axes.
+
+    Returns:
+      A pytree of `NamedSharding` like the decoder, for `jax.device_put`.
+    """
+
+    def chosen(of_experts: NamedSharding, of_others: NamedSharding) -> NamedSharding:
+        return of_others if of_experts.is_fully_replicated else of_experts
+
+    return jax.tree.map(chosen, param_shardings(decoder, mesh), decoder_shardings(decoder, mesh))
 
 
 def sum_of(values: Any) -> jax.Array:

@@ -203,18 +203,27 @@ def _layouts(sizes: Sizes) -> tuple[Layout, Layout]:
     rows, length = sizes.rows, sizes.max_rows
     sent_g, start_g = sizes.sent_gm.sum(1), sizes.start_home_gm[:, 0]
     row_s = jnp.arange(rows, dtype=jnp.int32)
-    to_s = jnp.searchsorted(start_g + sent_g, row_s, side="right").astype(jnp.int32)
+    to_s = _pieces_before(start_g + sent_g, row_s)
     used_s = row_s < sent_g.sum()
     outgoing = layout((to_s * length + row_s - start_g[to_s])[:, None], used_s[:, None], sizes.rows_away)
 
     end_gm = jnp.cumsum(sizes.received_gm, axis=1)
     place_r = jnp.arange(length, dtype=jnp.int32)
-    expert_gr = jax.vmap(lambda end_m: jnp.searchsorted(end_m, place_r, side="right"))(end_gm)
+    expert_gr = _pieces_before(end_gm, place_r)
     used_gr = place_r[None] < end_gm[:, -1:]
     offset_gm = sizes.start_away_gm - (end_gm - sizes.received_gm)
     row_gr = place_r[None] + jnp.take_along_axis(offset_gm, jnp.minimum(expert_gr, end_gm.shape[1] - 1), axis=1)
     incoming = layout(row_gr.reshape(-1, 1), used_gr.reshape(-1, 1), sizes.rows_away)
     return outgoing, incoming
+
+
+def _pieces_before(end_gm: jax.Array, place_r: jax.Array) -> jax.Array:
+    """(..., R) int32, how many pieces end at or before each place, given the ends (..., M) of all.
+
+    Compared one with another, for `jnp.searchsorted` fails under a mesh that has further axes (JAX 0.10).
+    """
+    place_r1 = place_r.reshape((1,) * (end_gm.ndim - 1) + (-1, 1))
+    return (end_gm[..., None, :] <= place_r1).sum(-1, dtype=jnp.int32)
 
 
 def _rows(x_sd: jax.Array, index: jax.Array) -> jax.Array:

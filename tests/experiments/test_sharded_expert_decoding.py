@@ -1,0 +1,50 @@
+"""A decoder with experts, decoding speculatively over a mesh, gives the tokens of one device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from experiments.expert_decoder import decoder_places
+from spec_jax import Sampling, SmallModel, base_decoding, speculative_decoding
+from tests.experiments.experts import dense_draft, sparse_decoder
+from tests.spec.test_sharded_decoding import mesh_of, place
+from tests.spec.transformers import compare, ragged_prompts
+
+MESHES = {"experts": {"data": 2, "expert": 4}, "heads": {"data": 2, "expert": 2, "model": 2}}
+SAMPLINGS = {"coupled": Sampling(), "greedy": Sampling(temperature=0.0)}
+PROMPTS, LENGTHS = ragged_prompts(4, 14, 12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mesh", "sampling"), [("experts", "coupled"), ("heads", "coupled"), ("heads", "greedy")])
+def test_tokens_are_those_of_one_device(mesh: str, sampling: str):
+    """14 rows, which neither the batch's axis nor the devices that share tokens divide."""
+    target, draft = sparse_decoder(), dense_draft()
+    chosen: dict[str, Any] = {"max_new_tokens": 24, "key": jax.random.key(1), "prompt_length": LENGTHS, "eos_id": 5}
+    chosen["sampling"] = SAMPLINGS[sampling]
+    alone = base_decoding(target, PROMPTS, **chosen)
+    devices = mesh_of(MESHES[mesh])
+    spread = [jax.device_put(model, decoder_places(model, devices)) for model in (target, draft)]
+    with jax.set_mesh(devices):
+        result = speculative_decoding(
+            spread[0], SmallModel(spread[1], gamma=3), PROMPTS, verification="coupled", **chosen
+        )
+    assert 0.01 < float(result.acceptance_rate) < 0.95
+    assert len(set(np.asarray(alone.lengths).tolist())) > 1
+    found = compare(target, PROMPTS, LENGTHS, chosen["sampling"], chosen["key"], result, alone)
+    assert found.diverged == 0
+    # Sums in another order; more than a row or two would not be that.
+    assert found.different <= 1
+
+
+def test_experts_and_heads_are_spread():
+    places = decoder_places(sparse_decoder(), mesh_of(MESHES["heads"]))
+    block = places.blocks[1]
+    assert place(block.feed_forward.block.moe.experts.w_in_edf).spec[0] == "expert"
+    assert place(block.feed_forward.block.moe.router_de).is_fully_replicated
+    assert place(block.attention.to_qkv.kernel).spec == PartitionSpec(None, "model")
