@@ -29,7 +29,7 @@ from experiments.expert_decoder import forward, num_parameters, sum_of
 from experiments.figures import Panel, save_panels
 from experiments.metrics import read_metrics
 from experiments.report import machine
-from experiments.runtime import exit_with, use_compilation_cache
+from experiments.runtime import exit_with, require_one_process, use_compilation_cache
 from experiments.session import finish
 from experiments.train_moe import PRESETS, VARIANTS, TrainMoEConfig
 from spec_jax.losses import bits_per_byte, next_token_loss
@@ -266,6 +266,7 @@ def panels(results: Sequence[Result]) -> list[list[Panel]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Reads the command line, trains and writes."""
     config = tyro.cli(CompareConfig, args=arguments, description=__doc__)
+    require_one_process()
     console = Console()
     use_compilation_cache()
     config.output.mkdir(parents=True, exist_ok=True)

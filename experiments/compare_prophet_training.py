@@ -23,7 +23,7 @@ from experiments import train_prophet
 from experiments.figures import Panel, save_panels
 from experiments.metrics import read_metrics
 from experiments.report import machine
-from experiments.runtime import exit_with
+from experiments.runtime import exit_with, require_one_process
 from experiments.session import finish
 from spec_jax import DecoderConfig
 from spec_jax.losses import bits_per_byte
@@ -91,6 +91,7 @@ def curve(config: CompareConfig, way: str, seed: int, console: Console) -> list[
 def main(arguments: Sequence[str] | None = None) -> int:
     """Reads the command line, trains, compares."""
     config = tyro.cli(CompareConfig, args=arguments, description=__doc__)
+    require_one_process()
     console = Console()
     curves = {way: [curve(config, way, seed, console) for seed in range(config.seeds)] for way in WAYS}
     last = {way: np.array([points[-1][1] for points in runs]) for way, runs in curves.items()}

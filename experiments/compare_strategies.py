@@ -29,7 +29,7 @@ from experiments.figures import Panel, save_panels
 from experiments.generate import load_run
 from experiments.measure import PLAIN, Measurement, measure_costs, measure_decoding
 from experiments.report import machine
-from experiments.runtime import exit_with, use_compilation_cache
+from experiments.runtime import exit_with, require_one_process, use_compilation_cache
 from experiments.session import Task, finish
 
 CELLS = "cells"
@@ -286,6 +286,7 @@ def panels(rows: Sequence[Row]) -> list[list[Panel]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Reads the command line, trains, measures and writes."""
     config = tyro.cli(CompareConfig, args=arguments, description=__doc__)
+    require_one_process()
     console = Console()
     use_compilation_cache()
     config.output.mkdir(parents=True, exist_ok=True)

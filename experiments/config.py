@@ -104,6 +104,9 @@ class RunConfig:
             raise ValueError(f"adam_b2 must be in [0, 1), got {self.adam_b2}")
         if self.schedule not in ("constant", "cosine"):
             raise ValueError(f"schedule must be 'constant' or 'cosine', got {self.schedule!r}")
+        for name in ("coordinator", "processes", "process_index"):
+            if not self.distributed and (value := getattr(self, name)) is not None:
+                raise ValueError(f"{name} must be given with distributed only, got {value!r} without it")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite must not both be given: one keeps the run, the other deletes it")
 

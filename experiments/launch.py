@@ -2,8 +2,8 @@
 
     python -m experiments.launch --processes 2 --devices-per-process 4 -- python -m experiments.train_draft cpu
 
-Every training script works under it without further flags. Process 0 writes to this terminal; of the others the last
-lines are shown if they fail. SIGINT and SIGTERM reach all of them. Accelerators of one machine need no launcher: one
+Every script that trains a model works under it without further flags. Process 0 writes to this terminal; of the others
+the last lines are shown if they fail. Signals reach all of them. Accelerators of one machine need no launcher: one
 process drives them all.
 """
 
@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 import tyro
 
@@ -84,9 +85,10 @@ def launch(config: LaunchConfig, command: Sequence[str]) -> int:
 
     def forward(number: int, _frame: object) -> None:
         for process in processes:
-            process.send_signal(number)
+            _signal(process, number)
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    forwarded = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    previous = {number: signal.signal(number, forward) for number in forwarded}
     with tempfile.TemporaryDirectory() as folder:
         logs = [pathlib.Path(folder, str(index)) for index in range(config.processes)]
         try:
@@ -95,17 +97,18 @@ def launch(config: LaunchConfig, command: Sequence[str]) -> int:
             failed = _wait(processes)
         finally:
             for process in processes:
-                process.kill()
+                _signal(process, signal.SIGKILL)
                 process.wait()
             for number, handler in previous.items():
                 signal.signal(number, handler)
-        if failed is None:
+        if not failed:
             return 0
-        code = failed.returncode if failed.returncode >= 0 else 128 - failed.returncode
-        if index := processes.index(failed):
-            lines = logs[index].read_text(errors="replace").splitlines()[-LINES_SHOWN:]
-            print(f"process {index} ended first, exit code {code}:", *lines, sep="\n  ", file=sys.stderr)
-        return code
+        codes = [process.returncode if process.returncode >= 0 else 128 - process.returncode for process in failed]
+        for process, code in zip(failed, codes, strict=True):
+            if index := processes.index(process):
+                lines = logs[index].read_text(errors="replace").splitlines()[-LINES_SHOWN:]
+                print(f"process {index} ended first, exit code {code}:", *lines, sep="\n  ", file=sys.stderr)
+        return codes[0]
 
 
 def free_port() -> int:
@@ -128,12 +131,21 @@ def _start(command: Sequence[str], environment: Mapping[str, str], log: pathlib.
         raise ValueError(f"command must be a program and its arguments, got {command[0]}: {error.strerror}") from error
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> subprocess.Popen[bytes] | None:
-    """Returns the first process that failed, once all have ended or the time is over."""
-    failed, deadline = None, math.inf
+def _signal(process: subprocess.Popen[bytes], number: int) -> None:
+    """To all that the process has started, too: its group is its own."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> list[subprocess.Popen[bytes]]:
+    """Returns the processes that failed first, once all have ended or the time is over.
+
+    Several where one look found them: one of them brought the others down.
+    """
+    failed, deadline = [], math.inf
     while True:
         running = [process for process in processes if process.poll() is None]
-        if failed is None and (failed := next((process for process in processes if process.returncode), None)):
+        if not failed and (failed := [process for process in processes if process.returncode]):
             deadline = time.monotonic() + GRACE_SECONDS
         if not running or time.monotonic() > deadline:
             return failed

@@ -17,6 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from experiments.collectives import collectives
 from moe_jax import MoE, MoEConfig, TopN, capacity, param_shardings, token_sharding
+from moe_jax.exchange import Exchange
 
 Row = dict[str, Any]
 
@@ -56,9 +57,9 @@ def _row(config: MoEConfig, shape: tuple[int, int], mode: str, length: int) -> R
     others = sum(collective.sent_bytes for collective in found) - exchanged
     memory: Any = program.memory_analysis()
     expert_devices = shape[1]
-    places = -(-config.num_experts // expert_devices) * expert_devices
+    exchange = Exchange(config.num_experts, "expert", expert_devices)
     slots = capacity(length, config.num_experts, config.capacity_factor_train, config.min_capacity)
-    buffer = places * slots * config.dim * 4 * (expert_devices - 1) / expert_devices
+    buffer = exchange.places * slots * config.dim * 4 * (exchange.size - 1) / exchange.size
     return {
         "mesh": "x".join(map(str, shape)),
         "experts": config.num_experts,

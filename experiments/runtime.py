@@ -36,11 +36,13 @@ def use_compilation_cache() -> None:
 
 
 def start_processes(config: RunConfig | None = None) -> None:
-    """Joins the other processes of the run, where there are any.
+    """Joins the other processes of the run, where there are any and that has not been done.
 
     They are named by the configuration, by the environment as `experiments.launch` sets it, or, with `distributed`
     alone, by the cluster: JAX knows SLURM, Kubernetes, Open MPI and TPU pods.
     """
+    if jax.distributed.is_initialized():
+        return
     coordinator, processes, index = os.environ.get(COORDINATOR), _integer(PROCESSES), _integer(PROCESS_INDEX)
     if config is not None and config.distributed:
         coordinator = config.coordinator or coordinator
@@ -63,6 +65,12 @@ def _integer(variable: str) -> int | None:
     if value is not None and not value.isdecimal():
         raise ValueError(f"{variable} must be an integer, got {value!r}")
     return None if value is None else int(value)
+
+
+def require_one_process() -> None:
+    """Raises ValueError in one of several processes: a study makes many runs, and one process writes what it finds."""
+    if (_integer(PROCESSES) or 1) > 1:
+        raise ValueError(f"processes must be 1 for a study of several runs, got {os.environ[PROCESSES]}")
 
 
 def exit_with(main: Callable[[], int]) -> None:

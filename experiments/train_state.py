@@ -92,9 +92,19 @@ def connect(mesh: Mesh) -> None:
     another, as it may when each has a large program to compile. Connected, they wait for each other.
     """
 
+    expert_parallel = mesh.shape["expert"]
+    # With fewer experts than devices, neighbours exchange among themselves: see `moe_jax.exchange.Exchange`.
+    rings = [size for size in range(2, expert_parallel) if expert_parallel % size == 0]
+
+    def exchanged(ones: jax.Array, size: int) -> jax.Array:
+        neighbours = np.arange(expert_parallel).reshape(-1, size).tolist()
+        pieces = jnp.broadcast_to(ones.reshape(1), (size,))
+        return jax.lax.all_to_all(pieces, "expert", 0, 0, axis_index_groups=neighbours, tiled=True).sum()
+
     def sums(ones: jax.Array) -> jax.Array:
         groups = ("data", "expert", ("data", "expert"))
-        return sum((jax.lax.psum(ones, group) for group in groups), jnp.zeros_like(ones))
+        total = sum((jax.lax.psum(ones, group) for group in groups), jnp.zeros_like(ones))
+        return sum((exchanged(ones, size) for size in rings), total)
 
     spread = PartitionSpec("data", "expert")
     ones = jnp.ones(tuple(mesh.shape.values()), device=NamedSharding(mesh, spread))

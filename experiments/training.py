@@ -231,12 +231,18 @@ class _Loop:
         )
 
     def asked_to_stop(self, done: int) -> bool:
-        """Whether to stop now. All processes must agree, and asking the others costs a wait."""
+        """Whether to stop now. All processes must agree, and asking the others costs a wait.
+
+        A signal that one process got is then everyone's: none reports what the others do not, or ends as if all were
+        done.
+        """
         if jax.process_count() == 1:
             return self.to.stop.signal is not None
         if done % self.config.log_every:
             return False
-        return bool(multihost_utils.process_allgather(np.array(self.to.stop.signal is not None)).any())
+        received = int(multihost_utils.process_allgather(np.array(self.to.stop.signal or 0)).max())
+        self.to.stop.signal = received or None
+        return received > 0
 
 
 def state_parts(state: TrainState) -> dict[str, Any]:

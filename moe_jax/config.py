@@ -1,6 +1,7 @@
 """Everything about a layer that is not a weight."""
 
 import dataclasses
+import operator
 
 import jax.numpy as jnp
 
@@ -86,6 +87,11 @@ class MoEConfig:
         if isinstance(self.group_size, str):
             one_of("group_size", self.group_size, ("batch", "sequence"))
         else:
+            try:
+                # An integer of NumPy is one here, and no other thing elsewhere.
+                object.__setattr__(self, "group_size", operator.index(self.group_size))
+            except TypeError:
+                raise ValueError(f"group_size must be a name or an integer, got {self.group_size!r}") from None
             _at_least(self, 1, "group_size")
         if not 0 <= self.input_jitter < 1:
             raise ValueError(f"input_jitter must be in [0, 1), got {self.input_jitter}")

@@ -67,10 +67,14 @@ def placement(config: MoEConfig, mesh: Mesh | None) -> Placement | None:
     """Where a layer computes: on `mesh`, or on that of `jax.set_mesh`; None for one device.
 
     Raises:
-      ValueError: `mesh` has neither of the axes, or an axis is not of type Auto.
+      ValueError: `mesh` has neither of the axes, is not the one set, or an axis is not of type Auto.
     """
     names = (config.data_axis, config.expert_axis)
-    found = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    around = jax.sharding.get_abstract_mesh()
+    found = around if mesh is None else mesh
+    if around.axis_names and dict(around.shape) != dict(found.shape):
+        sizes = dict(around.shape), dict(found.shape)
+        raise ValueError(f"mesh must be that of jax.set_mesh, {sizes[0]}, or not be given, got {sizes[1]}")
     axes = tuple(name for name in names if name in found.axis_names)
     if not axes:
         if mesh is not None:

@@ -42,7 +42,8 @@ def param_shardings(
     def sharding(path: tuple[Any, ...], leaf: jax.Array) -> NamedSharding:
         names: list[str | None] = [None] * leaf.ndim
         stacked = _stacked_axes(path)
-        if stacked and expert_axis in sizes:
+        # What an optimiser keeps of a weight may have fewer axes: factors, or a placeholder.
+        if 0 < stacked <= leaf.ndim and expert_axis in sizes:
             first = leaf.ndim - stacked
             _split(names, leaf.shape, [first, *_largest_first(leaf.shape, first + 1)], expert_axis, sizes)
         if fsdp and data_axis in sizes and leaf.ndim >= 2:

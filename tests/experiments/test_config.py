@@ -16,6 +16,7 @@ from spec_jax import DecoderConfig
     ("changes", "message"),
     [
         ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"processes": 2}, "processes must be given with distributed only, got 2 without it"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"accumulation": 0}, "accumulation must be at least 1"),
         ({"sequence_length": 0}, "sequence_length must be at least 1"),

@@ -97,3 +97,20 @@ def test_a_killed_process_ends_the_others_and_the_run_resumes(together, tmp_path
     assert STEPS // 6 <= int(begun[1]) < STEPS
     for expected, got in zip(*map(check_resume.final_leaves, (together, config)), strict=True):
         np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all(tmp_path):
+    """They agree that the run is not done: none writes its report, and none waits for another."""
+    config = tiny_config(tmp_path, steps=10**6, checkpoint_every=10**6, log_every=2, validate_every=10**6, report=True)
+    processes = start(config, tmp_path)
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not read_metrics(config.output):
+        assert time.monotonic() < deadline, logs(processes, tmp_path)
+        assert [process.poll() for process in processes] == [None, None], logs(processes, tmp_path)
+        time.sleep(0.01)
+    processes[1].send_signal(signal.SIGTERM)
+    codes, outputs = finish(processes, tmp_path)
+    assert codes == [128 + signal.SIGTERM] * 2, outputs
+    assert "Stopped after step" in outputs[0]
+    assert not (config.output / "report.json").exists()

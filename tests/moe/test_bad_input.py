@@ -60,6 +60,7 @@ X = (2, 6, 8)
         (lambda: config(hidden=0), "expert_hidden must be at least 1, got 0"),
         (lambda: config(min_capacity=-1), "min_capacity must be at least 0, got -1"),
         (lambda: config(group_size=0), "group_size must be at least 1, got 0"),
+        (lambda: config(group_size=12.0), "group_size must be a name or an integer, got 12.0"),
         (lambda: config(group_size="row"), "group_size must be one of batch, sequence, got 'row'"),
         (lambda: config(slot_order="best"), "slot_order must be one of token, choice, priority, got 'best'"),
         (lambda: config(dispatch="sparse"), "dispatch must be one of dense, index, ragged, got 'sparse'"),

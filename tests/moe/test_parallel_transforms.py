@@ -135,6 +135,11 @@ def test_refused():
         pytest.raises(ValueError, match="mesh axis 'data' must be of type Auto, got Explicit"),
     ):
         initial_layer(moe)(hidden_states(2, 4, DIM), train=False)
+    other = (
+        r"mesh must be that of jax.set_mesh, {'data': 2, 'expert': 4}, or not be given, got {'data': 2, 'expert': 2}"
+    )
+    with jax.set_mesh(mesh_of(2, 4)), pytest.raises(ValueError, match=other):
+        MoE(moe, rngs=anything(None), mesh=mesh_of(2, 2))
     with pytest.raises(ValueError, match="data_axis and expert_axis must be different names, got 'x' twice"):
         config(data_axis="x", expert_axis="x")
 

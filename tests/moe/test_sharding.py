@@ -48,6 +48,14 @@ def test_experts_are_split_and_nothing_else():
     assert split == set(STACKED)
 
 
+def test_factored_states_of_an_optimiser_are_placed():
+    """Adafactor keeps rows, columns and placeholders of one entry under the names of the weights."""
+    state = jax.eval_shape(optax.adafactor(1e-3, min_dim_size_to_factor=2).init, model())
+    placed = param_shardings(state, mesh_of(2, 4), fsdp=True)
+    for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(placed), strict=True):
+        assert all(size > 0 for size in sharding.shard_shape(leaf.shape))
+
+
 def test_every_weight_of_experts_is_known_by_name():
     experts = model().blocks[0].moe.experts
     own = {jax.tree_util.keystr(path, simple=True).removesuffix("value").rstrip("./") for path, _ in
