@@ -139,7 +139,7 @@ def decode_round(
         drafter_state=drafter.update(proposal.state, scored, emission.count_b),
         stats=_count(state, proposal.draft, emission, request),
     )
-    return over_rows(state), emission
+    return over_rows((state, emission))
 
 
 def decode(
@@ -170,7 +170,7 @@ def finish(state: DecodeState, request: Request, *, width: int) -> DecodeResult:
         state.sequence.tokens_bs, state.prompt_length_b[:, None] + offset_1n, axis=1, mode="clip"
     )
     tokens_bn = jnp.where(offset_1n < emitted_b[:, None], tokens_bn, request.pad_id)
-    return DecodeResult(tokens=tokens_bn, lengths=emitted_b, stats=state.stats)
+    return over_rows(DecodeResult(tokens=tokens_bn, lengths=emitted_b, stats=state.stats))
 
 
 def _chooser(request: Request, sequence: Sequence, gamma: int, vocab_size: int, position_noise_btv: jax.Array | None):

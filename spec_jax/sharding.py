@@ -56,23 +56,40 @@ def decoder_shardings(model: Tree, mesh: Mesh) -> Tree:
 
 
 def over_rows(tree: Tree) -> Tree:
-    """The same arrays, the first axis of each over `data` of the mesh in force, where there is one."""
-    return jax.tree.map(lambda x: _constrained(x, 0, DATA), tree)
+    """The same arrays, the first axis of each over `data` of the mesh in force, where there is one.
+
+    Rows that it does not divide are on every device.
+    """
+    return jax.tree.map(_rows_constrained, tree)
 
 
 def over_heads(features: jax.Array, axis: int) -> jax.Array:
     """The same array, the named axis over `model` of the mesh in force, where there is one that divides it."""
-    size = jax.sharding.get_abstract_mesh().shape.get(MODEL, 1)
-    return features if features.shape[axis] % size else _constrained(features, axis, MODEL)
+    size = _axis_size(MODEL)
+    if size == 1 or features.shape[axis] % size:
+        return features
+    axes: list[Any] = [PartitionSpec.UNCONSTRAINED] * features.ndim
+    axes[axis] = MODEL
+    return jax.lax.with_sharding_constraint(features, PartitionSpec(*axes))
 
 
-def _constrained(x: jax.Array, axis: int, name: str) -> jax.Array:
+def _rows_constrained(x: jax.Array) -> jax.Array:
+    size = _axis_size(DATA)
+    if size == 1 or not x.ndim:
+        return x
+    # Further axes of caches and hidden states may be cut. Of tokens and counts they are not worth it, and left to the
+    # compiler they may be cut in a way that no mesh describes.
+    further = PartitionSpec.UNCONSTRAINED if x.ndim > 2 else None
+    rows = DATA if x.shape[0] % size == 0 else None
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(rows, *[further] * (x.ndim - 1)))
+
+
+def _axis_size(name: str) -> int:
+    """Of the mesh in force; 1 where it is not the compiler's to use.
+
+    Inside a `shard_map` over the axis the caller has cut the arrays already; explicit axes carry their own types.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.shape.get(name, 1) == 1 or x.ndim <= axis:
-        return x
-    # Inside a `shard_map` over the axis the caller has cut the array already; explicit axes carry their own types.
-    if dict(zip(mesh.axis_names, mesh.axis_types))[name] != AxisType.Auto:
-        return x
-    axes: list[Any] = [PartitionSpec.UNCONSTRAINED] * x.ndim
-    axes[axis] = name
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+    if dict(zip(mesh.axis_names, mesh.axis_types)).get(name) != AxisType.Auto:
+        return 1
+    return mesh.shape[name]
