@@ -135,7 +135,7 @@ def output_kernel(config, step):
         ({"resume": True, "data": "other.txt"}, r"\n  text: expected 'text.txt, SHA"),
         ({"data": "short.txt", "overwrite": True}, "data must have at least sequence_length"),
         ({"data": "missing.txt", "overwrite": True}, "missing.txt"),
-        ({"batch_size": 3, "overwrite": True}, "batch_size must be a multiple of the 8 devices, got 3"),
+        ({"batch_size": 3, "overwrite": True}, "batch_size must be a multiple of the 8 devices that share it, got 3"),
     ],
 )
 def test_bad_input_before_any_compute(changes, message, finished):
