@@ -21,7 +21,7 @@ from flax import nnx
 
 import spec_jax
 from experiments import train_draft
-from experiments.decoding_run import DecodingRunConfig, Strategy, decoding_task, shared_fields
+from experiments.decoding_run import DecodingRunConfig, decoding_task, shared_fields
 from experiments.distillation import key_of
 from experiments.expert_decoder import ExpertsConfig, forward, make_decoder, routing_reports, sum_of
 from experiments.runtime import exit_with
@@ -31,11 +31,7 @@ from experiments.upcycling import check_upcycling, upcycled
 from spec_jax.losses import next_token_loss
 
 KIND = "train_moe"
-STRATEGY = Strategy(
-    label="dense draft",
-    target=lambda models: models["target"],
-    drafter=lambda models, gamma: spec_jax.SmallModel(models["draft"], gamma=gamma),
-)
+STRATEGY = dataclasses.replace(train_draft.STRATEGY, label="dense draft")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
