@@ -268,7 +268,7 @@ def _print_meshes(rows: list[Row]) -> None:
     table = Table(
         title="each device, with a sequence of its own, counted in the compiled program",
         caption="moves: all-to-alls; buffers: their bytes in capacity buffers; beside: gradients and counts summed; "
-        "held: arguments. A loop counts once, as that over experts of few rows where no device exchanges.",
+        "held: arguments.",
     )
     for column in ("mesh", "mode", "moves", "MB", "buffers", "MB beside", "GFLOP", "MB held"):
         table.add_column(column)

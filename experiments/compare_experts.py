@@ -27,6 +27,7 @@ from rich.table import Table
 from experiments import train_moe
 from experiments.expert_decoder import forward, num_parameters, sum_of
 from experiments.figures import Panel, save_panels
+from experiments.flops import counted_flops
 from experiments.metrics import read_metrics
 from experiments.report import machine
 from experiments.runtime import exit_with, require_one_process, use_compilation_cache
@@ -133,9 +134,7 @@ def training_flops(config: TrainMoEConfig) -> float:
 
     target = jax.eval_shape(lambda: train_moe.make_models(config))["target"]
     tokens = jax.ShapeDtypeStruct((config.batch_size, config.sequence_length + 1), jnp.int32)
-    # Counted before compiling, where every product is still written out.
-    counts: Any = jax.jit(jax.grad(loss)).lower(target, tokens).cost_analysis()
-    return counts["flops"] / (config.batch_size * config.sequence_length)
+    return counted_flops(jax.grad(loss), target, tokens) / (config.batch_size * config.sequence_length)
 
 
 def result_of(variant: str, config: TrainMoEConfig) -> Result:

@@ -1,8 +1,7 @@
-"""What a mixture of experts over a mesh sends, computes and keeps on each device, read from compiled programs.
+"""What a mixture of experts over a mesh sends, computes and keeps on each device, read from its programs.
 
 Nothing is run and nothing is timed, so forced host devices tell as much as real ones. Every device has one sequence,
-whatever the mesh (weak scaling). XLA counts what is in a loop once, however often it runs: where one device has all
-experts, few rows for each are multiplied in a loop over experts, and its FLOPs are not to be compared.
+whatever the mesh (weak scaling).
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from experiments.collectives import collectives
+from experiments.flops import counted_flops
 from moe_jax import MoE, MoEConfig, TopN, capacity, param_shardings, token_sharding
 from moe_jax.exchange import Exchange
 
@@ -50,7 +50,8 @@ def over_meshes(meshes: Iterable[tuple[int, int]], *, dim: int, num_experts: int
 
 
 def _row(config: MoEConfig, shape: tuple[int, int], mode: str, length: int) -> Row:
-    program = _compiled(config, shape, length, backward=mode != "forward")
+    function, arguments = _function(config, shape, length, backward=mode != "forward")
+    program = function.lower(*arguments).compile()
     found = collectives(program.as_text() or "")
     exchanges = [collective for collective in found if collective.kind == "all-to-all"]
     exchanged = sum(collective.sent_bytes for collective in exchanges)
@@ -71,13 +72,16 @@ def _row(config: MoEConfig, shape: tuple[int, int], mode: str, length: int) -> R
         # Gradients of what every device has are summed in training, whatever the layer: not of the exchange.
         "other_bytes": others,
         "other_kinds": sorted({collective.kind for collective in found} - {"all-to-all"}),
-        "flops": float(program.cost_analysis()["flops"]),
+        "flops": counted_flops(function, *arguments),
         "argument_bytes": memory.argument_size_in_bytes,
         "scratch_bytes": memory.temp_size_in_bytes,
     }
 
 
-def _compiled(config: MoEConfig, shape: tuple[int, int], length: int, *, backward: bool) -> Any:
+def _function(
+    config: MoEConfig, shape: tuple[int, int], length: int, *, backward: bool
+) -> tuple[Any, tuple[MoE, jax.ShapeDtypeStruct]]:
+    """A jitted call of a layer, and the shapes of its arguments."""
     devices = jax.devices()[: shape[0] * shape[1]]
     axis_types = (AxisType.Auto, AxisType.Auto)
     mesh = jax.make_mesh(shape, ("data", "expert"), axis_types=axis_types, devices=devices)
@@ -97,4 +101,4 @@ def _compiled(config: MoEConfig, shape: tuple[int, int], length: int, *, backwar
         function, results = jax.grad(loss, argnums=(0, 1)), places
     else:
         function, results = forward, (places[1], NamedSharding(mesh, PartitionSpec()))
-    return jax.jit(function, in_shardings=places, out_shardings=results).lower(moe, x).compile()
+    return jax.jit(function, in_shardings=places, out_shardings=results), (moe, x)

@@ -1,14 +1,15 @@
 """The experts: stacked GEGLU feed-forwards, and the same feed-forward alone."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.grouped import batched_product, group_rows, grouped_product
+from moe_jax.grouped import Grouping, OneGroup, by_group
 from moe_jax.routing import one_of
 
 Init = Literal["paper", "original"]
@@ -18,6 +19,59 @@ Activation = Callable[[jax.Array], jax.Array]
 def gelu(x: jax.Array) -> jax.Array:
     """The exact GELU (erf, not tanh)."""
     return jax.nn.gelu(x, approximate=False)
+
+
+class InWeights(NamedTuple):
+    """Of the first half: (D, 2F) and (2F,), or with an axis of experts in front."""
+
+    w_in: jax.Array
+    b_in: jax.Array | None
+
+
+class OutWeights(NamedTuple):
+    """Of the second half: (F,), (F, D) and (D,), or with an axis of experts in front."""
+
+    mult_bias: jax.Array | None
+    w_out: jax.Array
+    b_out: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class GEGLU:
+    """The two halves of a feed-forward, of one expert or of several (see `moe_jax.grouped.TwoLayers`)."""
+
+    activation: Activation
+
+    def hidden(self, grouping: Grouping, weights: InWeights, rows: jax.Array) -> jax.Array:
+        """(..., D) to (..., 2F), values then gates."""
+        hidden = grouping.product(rows, weights.w_in)
+        return hidden if weights.b_in is None else hidden + grouping.each(weights.b_in)
+
+    def output(self, grouping: Grouping, weights: OutWeights, hidden: jax.Array) -> jax.Array:
+        """(..., 2F) to (..., D)."""
+        values, gates = jnp.split(hidden, 2, axis=-1)
+        gated = values * self.activation(gates)
+        if weights.mult_bias is not None:
+            gated = gated * grouping.each(weights.mult_bias)
+        outputs = grouping.product(gated, weights.w_out)
+        return outputs if weights.b_out is None else outputs + grouping.each(weights.b_out)
+
+
+def weights_in(
+    dtype: jnp.dtype,
+    w_in: nnx.Param,
+    b_in: nnx.Param | None,
+    mult_bias: nnx.Param | None,
+    w_out: nnx.Param,
+    b_out: nnx.Param | None,
+) -> tuple[InWeights, OutWeights]:
+    """Parameters by half, in the dtype to compute in."""
+
+    def cast(param: nnx.Param | None) -> jax.Array | None:
+        return None if param is None else param[...].astype(dtype)
+
+    first = InWeights(w_in[...].astype(dtype), cast(b_in))
+    return first, OutWeights(cast(mult_bias), w_out[...].astype(dtype), cast(b_out))
 
 
 class FeedForward(nnx.Module):
@@ -71,14 +125,10 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(..., D) to (..., D)."""
-        x_td = x.reshape(-1, x.shape[-1])
-
-        def per_row(param: nnx.Param | None) -> jax.Array | None:
-            return None if param is None else param[...].astype(x.dtype)[None]
-
-        hidden_tf = add(x_td @ self.w_in_df[...].astype(x.dtype), per_row(self.b_in_f))
-        hidden_tf = geglu(hidden_tf, self.activation, per_row(self.mult_bias_f))
-        return add(hidden_tf @ self.w_out_fd[...].astype(x.dtype), per_row(self.b_out_d)).reshape(x.shape)
+        weights = weights_in(x.dtype, self.w_in_df, self.b_in_f, self.mult_bias_f, self.w_out_fd, self.b_out_d)
+        layers, one = GEGLU(self.activation), OneGroup()
+        hidden_tf = layers.hidden(one, weights[0], x.reshape(-1, x.shape[-1]))
+        return layers.output(one, weights[1], hidden_tf).reshape(x.shape)
 
 
 class Experts(nnx.Module):
@@ -121,43 +171,14 @@ class Experts(nnx.Module):
     def batched(self, x_ecd: jax.Array) -> jax.Array:
         """Every expert on its own C rows: (E, C, D) to (E, C, D)."""
 
-        def per_row(param: nnx.Param | None) -> jax.Array | None:
-            return None if param is None else param[...].astype(x_ecd.dtype)[:, None]
-
-        hidden_ecf = add(batched_product(x_ecd, self.w_in_edf[...].astype(x_ecd.dtype)), per_row(self.b_in_ef))
-        hidden_ecf = geglu(hidden_ecf, self.activation, per_row(self.mult_bias_ef))
-        return add(batched_product(hidden_ecf, self.w_out_efd[...].astype(x_ecd.dtype)), per_row(self.b_out_ed))
+        return by_group(GEGLU(self.activation), self._weights(x_ecd.dtype), x_ecd, None)
 
     def grouped(self, x_sd: jax.Array, sizes_e: jax.Array) -> jax.Array:
-        """Rows sorted by expert, `sizes_e` each: (S, D) to (S, D). Rows beyond the last expert's are zero."""
-        rows = x_sd.shape[0]
-        used_s1 = (jnp.arange(rows) < sizes_e.sum())[:, None]
+        """Rows sorted by expert, `sizes_e` each: (S, D) to (S, D). Rows beyond the last expert's are undefined."""
+        return by_group(GEGLU(self.activation), self._weights(x_sd.dtype), x_sd, sizes_e)
 
-        def per_row(param: nnx.Param | None) -> jax.Array | None:
-            return None if param is None else group_rows(param[...].astype(x_sd.dtype), sizes_e, rows)
-
-        def product(rows_sd: jax.Array, weights: nnx.Param, bias: nnx.Param | None) -> jax.Array:
-            weights_edf = weights[...].astype(x_sd.dtype)
-            # Rows beyond the last group may come out as NaN, of the product and of its gradient: the second `where`
-            # stops the one, the first stops the other. Multiplying by 0 would not.
-            rows_sd = jnp.where(used_s1, rows_sd, 0)
-            return jnp.where(used_s1, add(grouped_product(rows_sd, weights_edf, sizes_e), per_row(bias)), 0)
-
-        hidden_sf = product(x_sd, self.w_in_edf, self.b_in_ef)
-        hidden_sf = geglu(hidden_sf, self.activation, per_row(self.mult_bias_ef))
-        return product(hidden_sf, self.w_out_efd, self.b_out_ed)
-
-
-def geglu(hidden: jax.Array, activation: Activation, mult_bias: jax.Array | None) -> jax.Array:
-    """(..., 2F) values and gates to (..., F), times the multiplicative bias."""
-    values, gates = jnp.split(hidden, 2, axis=-1)
-    gated = values * activation(gates)
-    return gated if mult_bias is None else gated * mult_bias
-
-
-def add(x: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """`x + bias`, or `x` where there is no bias."""
-    return x if bias is None else x + bias
+    def _weights(self, dtype: jnp.dtype) -> tuple[InWeights, OutWeights]:
+        return weights_in(dtype, self.w_in_edf, self.b_in_ef, self.mult_bias_ef, self.w_out_efd, self.b_out_ed)
 
 
 def initial_weights(

@@ -1,215 +1,352 @@
-"""Products of groups of rows with a matrix per group, at the cost of the rows on a CPU too.
+"""Feed-forwards on groups of rows, each with weights of its own: `by_group`.
 
-`grouped_product` is for groups of any size side by side, `batched_product` for groups of one size, `group_rows` for a
-vector per group instead of a matrix.
+On a GPU or TPU, all groups at once: a batched product for groups of one size, `jax.lax.ragged_dot` for groups of any.
+
+On a CPU, where XLA computes `ragged_dot` as a dense product per group over all rows, one group after the other in
+blocks of rows:
+
+    rows    0         5             12                  24              sizes_e = 5, 7
+            |--- 0 ---|----- 1 -----|    of no group    |               blocks of 4 or 8
+    blocks  [       0       ]
+                      [       1       ]
+
+Where a block is longer than what is left of its group, what it makes of the rows behind is thrown away. The hidden
+states of a block are used while they are in the processor's cache, and those of all rows are kept for the gradient
+only.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
-# XLA computes `ragged_dot` on a CPU as one dense product per group over all rows. There, groups are cut into blocks
-# instead: as many whole ones as fit, longest first, then one of the shortest length that takes the rest, so that a
-# matrix is read few times, and at most 31 rows per group are computed in vain.
-WHOLE_BLOCKS = (512, 256)
-REST_BLOCKS = (32, 64, 96, 128, 160, 192, 224, 256)
-# Below this many rows per group, XLA's batched product on a CPU takes up to twice as long as the same products in turn.
-FEW_ROWS = 128
+# Of the two halves of a feed-forward; a block's are those of one group, elsewhere there is an axis of groups in front.
+Weights = tuple[Any, Any]
+
+# Blocks are one to LENGTHS steps long, and each length is code of its own. A step is a sixteenth of the mean group, but
+# within these bounds: products of fewer rows are no faster, and hidden states of more leave the processor's cache.
+LENGTHS = 20
+SHORTEST_STEP, LONGEST_STEP = 8, 32
 
 
-@jax.custom_vjp
-def grouped_product(rows_sd: jax.Array, weights_edf: jax.Array, sizes_e: jax.Array) -> jax.Array:
-    """Each row times its group's matrix.
+class Grouping(Protocol):
+    """How rows meet the weights of their group."""
+
+    def product(self, rows: jax.Array, weights: jax.Array) -> jax.Array:
+        """Each row times its group's matrix: (..., D) and ([E,] D, F) to (..., F)."""
+        ...
+
+    def each(self, vectors: jax.Array) -> jax.Array:
+        """Each row's group's vector, of ([E,] F), to be added to the rows or multiplied with them."""
+        ...
+
+
+class TwoLayers(Protocol):
+    """A feed-forward in two halves. Hashable."""
+
+    def hidden(self, grouping: Grouping, weights: Any, rows: jax.Array) -> jax.Array:
+        """(..., D) to (..., F)."""
+        ...
+
+    def output(self, grouping: Grouping, weights: Any, hidden: jax.Array) -> jax.Array:
+        """(..., F) to (..., D)."""
+        ...
+
+
+class OneGroup:
+    """(L, ...) rows of a single group, whose weights have no axis of groups."""
+
+    def product(self, rows: jax.Array, weights: jax.Array) -> jax.Array:
+        """As in `Grouping`."""
+        return rows @ weights
+
+    def each(self, vectors: jax.Array) -> jax.Array:
+        """As in `Grouping`."""
+        return vectors[None]
+
+
+class EqualGroups:
+    """(E, C, ...) rows: every group has C."""
+
+    def product(self, rows: jax.Array, weights: jax.Array) -> jax.Array:
+        """As in `Grouping`."""
+        return jnp.matmul(rows, weights)
+
+    def each(self, vectors: jax.Array) -> jax.Array:
+        """As in `Grouping`."""
+        return vectors[:, None]
+
+
+class SortedGroups:
+    """(S, ...) rows sorted by group, `sizes_e` each. What becomes of those beyond the last group is zero."""
+
+    def __init__(self, sizes_e: jax.Array, num_rows: int) -> None:
+        self.sizes_e = sizes_e
+        self.group_s = jnp.repeat(jnp.arange(len(sizes_e)), sizes_e, total_repeat_length=num_rows)
+        self.used_s1 = (jnp.arange(num_rows) < sizes_e.sum())[:, None]
+
+    def product(self, rows: jax.Array, weights: jax.Array) -> jax.Array:
+        """As in `Grouping`."""
+        # Rows beyond the last group may come out as NaN, of the product and of its gradient: the second `where` stops
+        # the one, the first stops the other. Multiplying by 0 would not.
+        rows = jnp.where(self.used_s1, rows, 0)
+        return jnp.where(self.used_s1, jax.lax.ragged_dot(rows, weights, self.sizes_e), 0)
+
+    def each(self, vectors: jax.Array) -> jax.Array:
+        """As in `Grouping`."""
+        return jnp.where(self.used_s1, vectors.at[self.group_s].get(indices_are_sorted=True), 0)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def by_group(layers: TwoLayers, weights: Weights, rows: jax.Array, sizes_e: jax.Array | None) -> jax.Array:
+    """Each row through the feed-forward of its group.
 
     Args:
-      rows_sd: (S, D), sorted by group: the first `sizes_e[0]` rows belong to group 0, and so on.
-      weights_edf: (E, D, F), one matrix per group.
-      sizes_e: (E,) int32, rows per group. Their sum may be less than S.
+      layers: the feed-forward. Static.
+      weights: of its halves, each array with a leading axis of E groups.
+      rows: (E, C, D), or (S, D) sorted by group.
+      sizes_e: (E,) int32, rows per group where they are sorted, else None. Their sum may be less than S.
 
     Returns:
-      (S, F). Rows beyond the last group are undefined, here and in the gradient with respect to `rows_sd`.
+      The shape of `rows`. Rows beyond the last group are undefined, here and in the gradient with respect to `rows`;
+      whatever they hold, nothing else depends on it.
     """
-    return jax.lax.platform_dependent(rows_sd, weights_edf, sizes_e, cpu=_product_in_blocks, default=jax.lax.ragged_dot)
-
-
-def _forward(rows_sd: jax.Array, weights_edf: jax.Array, sizes_e: jax.Array) -> tuple[jax.Array, Any]:
-    return grouped_product(rows_sd, weights_edf, sizes_e), (rows_sd, weights_edf, sizes_e)
-
-
-def _backward(saved: Any, product_bar_sf: jax.Array) -> tuple[jax.Array, jax.Array, None]:
-    rows_bar_sd, weights_bar_edf = jax.lax.platform_dependent(
-        *saved, product_bar_sf, cpu=_transpose_in_blocks, default=transpose_of_ragged_dot
+    return jax.lax.platform_dependent(
+        weights, rows, sizes_e, cpu=partial(outputs_in_blocks, layers), default=partial(outputs_at_once, layers)
     )
-    return rows_bar_sd, weights_bar_edf, None
 
 
-grouped_product.defvjp(_forward, _backward)
+def _forward(
+    layers: TwoLayers, weights: Weights, rows: jax.Array, sizes_e: jax.Array | None
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    hidden, outputs = jax.lax.platform_dependent(
+        weights, rows, sizes_e, cpu=partial(both_in_blocks, layers), default=partial(both_at_once, layers)
+    )
+    return outputs, (weights, rows, sizes_e, hidden)
 
 
-def transpose_of_ragged_dot(
-    rows_sd: jax.Array, weights_edf: jax.Array, sizes_e: jax.Array, product_bar_sf: jax.Array
+def _backward(layers: TwoLayers, saved: tuple[Any, ...], outputs_bar: jax.Array) -> tuple[Weights, jax.Array, None]:
+    weights_bar, rows_bar = jax.lax.platform_dependent(
+        *saved, outputs_bar, cpu=partial(gradients_in_blocks, layers), default=partial(gradients_at_once, layers)
+    )
+    return weights_bar, rows_bar, None
+
+
+by_group.defvjp(_forward, _backward)
+
+
+def outputs_at_once(layers: TwoLayers, weights: Weights, rows: jax.Array, sizes_e: jax.Array | None) -> jax.Array:
+    """The outputs, where an accelerator computes them."""
+    return both_at_once(layers, weights, rows, sizes_e)[1]
+
+
+def both_at_once(
+    layers: TwoLayers, weights: Weights, rows: jax.Array, sizes_e: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Gradients of rows and matrices where `ragged_dot` has a kernel of its own."""
-
-    def product(rows_sd: jax.Array, weights_edf: jax.Array) -> jax.Array:
-        return jax.lax.ragged_dot(rows_sd, weights_edf, sizes_e)
-
-    return jax.vjp(product, rows_sd, weights_edf)[1](product_bar_sf)
+    """Hidden states and outputs, where an accelerator computes them."""
+    return _both(layers, _grouping(rows, sizes_e), weights, rows)
 
 
-def _transpose_in_blocks(
-    rows_sd: jax.Array, weights_edf: jax.Array, sizes_e: jax.Array, product_bar_sf: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    rows_bar_sd = _product_in_blocks(product_bar_sf, weights_edf, sizes_e, transpose=True)
-    return rows_bar_sd, _outer_in_blocks(rows_sd, product_bar_sf, sizes_e)
+def gradients_at_once(
+    layers: TwoLayers,
+    weights: Weights,
+    rows: jax.Array,
+    sizes_e: jax.Array | None,
+    hidden: jax.Array,
+    outputs_bar: jax.Array,
+) -> tuple[Weights, jax.Array]:
+    """The gradients of weights and rows, where an accelerator computes them."""
+    return _gradients(layers, _grouping(rows, sizes_e), weights, rows, hidden, outputs_bar)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def group_rows(rows_ef: jax.Array, sizes_e: jax.Array, num_rows: int) -> jax.Array:
-    """Each group's row, once for each of the group's own: (E, F) to (S, F), as `grouped_product` with ones.
+def _grouping(rows: jax.Array, sizes_e: jax.Array | None) -> Grouping:
+    return EqualGroups() if sizes_e is None else SortedGroups(sizes_e, len(rows))
 
-    Rows beyond the last group are undefined, and so may be their gradient.
+
+def _both(layers: TwoLayers, grouping: Grouping, weights: Weights, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    hidden = layers.hidden(grouping, weights[0], rows)
+    return hidden, layers.output(grouping, weights[1], hidden)
+
+
+def _gradients(
+    layers: TwoLayers,
+    grouping: Grouping,
+    weights: Weights,
+    rows: jax.Array,
+    hidden: jax.Array,
+    outputs_bar: jax.Array,
+) -> tuple[Weights, jax.Array]:
+    second_bar, hidden_bar = jax.vjp(partial(layers.output, grouping), weights[1], hidden)[1](outputs_bar)
+    first_bar, rows_bar = jax.vjp(partial(layers.hidden, grouping), weights[0], rows)[1](hidden_bar)
+    return (first_bar, second_bar), rows_bar
+
+
+class Window(NamedTuple):
+    """The rows of a block: `length` from `at` on, those of `inside_l1` its own (None: all)."""
+
+    at: jax.Array
+    length: int
+    inside_l1: jax.Array | None
+
+    def read(self, rows_sd: jax.Array) -> jax.Array:
+        """(L, D), zero where a row is not the block's own: it may hold anything, and 0 * NaN is not 0."""
+        rows_ld = jax.lax.dynamic_slice(rows_sd, (self.at, 0), (self.length, rows_sd.shape[1]))
+        return rows_ld if self.inside_l1 is None else jnp.where(self.inside_l1, rows_ld, 0)
+
+    def write(self, rows_sd: jax.Array, new_ld: jax.Array) -> jax.Array:
+        """All rows, with new ones where they are the block's own."""
+        if self.inside_l1 is not None:
+            old_ld = jax.lax.dynamic_slice(rows_sd, (self.at, 0), new_ld.shape)
+            new_ld = jnp.where(self.inside_l1, new_ld, old_ld)
+        return jax.lax.dynamic_update_slice(rows_sd, new_ld, (self.at, 0))
+
+
+class Place(NamedTuple):
+    """A group's first row, and how many it has."""
+
+    start: jax.Array
+    size: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """How groups are cut: into as many of the longest blocks as fit, and before them one that takes the rest.
+
+    Attributes:
+      num_rows: S.
+      lengths: that blocks have, ascending, none longer than S.
+      exact: whether one length divides every group.
     """
-    return rows_ef.at[_group_of_row(sizes_e, num_rows)].get(indices_are_sorted=True)
+
+    num_rows: int
+    lengths: tuple[int, ...]
+    exact: bool = False
+
+    def each(
+        self,
+        place: Place,
+        block: Callable[[Window, bool, Any], Any],
+        carry: Any,
+        *,
+        empty_too: bool = False,
+    ) -> Any:
+        """`block(window, first, carry)` for the blocks of a group, `first` and static for one of them.
+
+        With `empty_too`, an empty group has a block with no row of its own.
+        """
+        longest = self.lengths[-1]
+        whole = jnp.maximum(place.size - 1, 0) // longest
+        rest = place.size - whole * longest
+
+        def first_block(i: jax.Array, carry: Any, length: int) -> Any:
+            # `i` is 0, but XLA is not to know: it would compute what does not depend on it whether there is a block
+            # or not.
+            at = jnp.minimum(place.start + i, self.num_rows - length)
+            row_l = at + jnp.arange(length)
+            inside_l1 = ((row_l >= place.start) & (row_l < place.start + rest))[:, None]
+            return block(Window(at, length, None if self.exact else inside_l1), True, carry)
+
+        # Loops of one step or none: a conditional would copy what it carries.
+        shorter = -1 if empty_too else 0
+        for length in self.lengths:
+            there = ((rest > shorter) & (rest <= length)).astype(jnp.int32)
+            carry = jax.lax.fori_loop(0, there, partial(first_block, length=length), carry)
+            shorter = length
+
+        def further_block(i: jax.Array, carry: Any) -> Any:
+            return block(Window(place.start + rest + i * longest, longest, None), False, carry)
+
+        return jax.lax.fori_loop(0, whole, further_block, carry)
 
 
-def _group_rows_forward(rows_ef: jax.Array, sizes_e: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
-    return group_rows(rows_ef, sizes_e, num_rows), sizes_e
+def _cut(weights: Weights, rows: jax.Array, sizes_e: jax.Array | None) -> tuple[Blocks, jax.Array, Place]:
+    """Blocks, (S, D) rows, and the place of each group."""
+    num_groups = len(jax.tree.leaves(weights)[0])
+    rows_sd = rows.reshape(-1, rows.shape[-1])
+    num_rows = len(rows_sd)
+    if sizes_e is None:
+        size = rows.shape[1]
+        length = -(-size // -(-size // (LENGTHS * LONGEST_STEP)))
+        blocks = Blocks(num_rows, (length,), exact=size % length == 0)
+        sizes_e = jnp.full(num_groups, size, jnp.int32)
+    else:
+        step = -(-num_rows // (16 * num_groups * SHORTEST_STEP)) * SHORTEST_STEP
+        step = min(max(step, SHORTEST_STEP), LONGEST_STEP)
+        blocks = Blocks(num_rows, tuple(sorted({min(step * i, num_rows) for i in range(1, LENGTHS + 1)})))
+    return blocks, rows_sd, Place(jnp.cumsum(sizes_e) - sizes_e, sizes_e)
 
 
-def _group_rows_backward(num_rows: int, sizes_e: jax.Array, bar_sf: jax.Array) -> tuple[jax.Array, None]:
-    return jax.lax.platform_dependent(bar_sf, sizes_e, cpu=_sums_in_blocks, default=sums_by_scatter), None
+def outputs_in_blocks(layers: TwoLayers, weights: Weights, rows: jax.Array, sizes_e: jax.Array | None) -> jax.Array:
+    """The outputs, where a CPU computes them."""
+    blocks, rows_sd, places = _cut(weights, rows, sizes_e)
+
+    def group(outputs_sd: jax.Array, inputs: tuple[Weights, Place]) -> tuple[jax.Array, None]:
+        weights, place = inputs
+
+        def block(window: Window, first: bool, outputs_sd: jax.Array) -> jax.Array:
+            # Outputs take the place of the rows they are made of.
+            _, outputs_ld = _both(layers, OneGroup(), weights, window.read(outputs_sd))
+            return window.write(outputs_sd, outputs_ld)
+
+        return blocks.each(place, block, outputs_sd), None
+
+    return jax.lax.scan(group, rows_sd, (weights, places))[0].reshape(rows.shape)
 
 
-group_rows.defvjp(_group_rows_forward, _group_rows_backward)
+def both_in_blocks(
+    layers: TwoLayers, weights: Weights, rows: jax.Array, sizes_e: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Hidden states and outputs, where a CPU computes them."""
+    blocks, rows_sd, places = _cut(weights, rows, sizes_e)
+
+    def group(both: tuple[jax.Array, jax.Array], inputs: tuple[Weights, Place]) -> tuple[Any, None]:
+        weights, place = inputs
+
+        def block(window: Window, first: bool, both: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            hidden_lf, outputs_ld = _both(layers, OneGroup(), weights, window.read(rows_sd))
+            return window.write(both[0], hidden_lf), window.write(both[1], outputs_ld)
+
+        return blocks.each(place, block, both), None
+
+    first_group = jax.tree.map(lambda weight: weight[0], weights[0])
+    hidden_dim = jax.eval_shape(partial(layers.hidden, OneGroup()), first_group, rows_sd).shape[1]
+    # Zeros like the rows: on a mesh they are another device's own, and so must a loop's start be.
+    start = jnp.zeros_like(rows_sd, shape=(len(rows_sd), hidden_dim)), jnp.zeros_like(rows_sd)
+    (hidden_sf, outputs_sd), _ = jax.lax.scan(group, start, (weights, places))
+    return hidden_sf.reshape(*rows.shape[:-1], hidden_dim), outputs_sd.reshape(rows.shape)
 
 
-def _group_of_row(sizes_e: jax.Array, num_rows: int) -> jax.Array:
-    return jnp.repeat(jnp.arange(sizes_e.shape[0]), sizes_e, total_repeat_length=num_rows)
+def gradients_in_blocks(
+    layers: TwoLayers,
+    weights: Weights,
+    rows: jax.Array,
+    sizes_e: jax.Array | None,
+    hidden: jax.Array,
+    outputs_bar: jax.Array,
+) -> tuple[Weights, jax.Array]:
+    """The gradients of weights and rows, where a CPU computes them."""
+    blocks, rows_sd, places = _cut(weights, rows, sizes_e)
+    hidden_sf = hidden.reshape(-1, hidden.shape[-1])
 
+    def group(carry: tuple[jax.Array, Weights], inputs: tuple[Weights, Place]) -> tuple[Any, Weights]:
+        weights, place = inputs
 
-def _sums_in_blocks(rows_sf: jax.Array, sizes_e: jax.Array) -> jax.Array:
-    # A scatter goes row by row on a CPU; a product with ones does not.
-    return _outer_in_blocks(jnp.ones_like(rows_sf[:, :1]), rows_sf, sizes_e)[:, 0]
+        def block(window: Window, first: bool, carry: tuple[jax.Array, Weights]) -> tuple[jax.Array, Weights]:
+            # Of outputs before the block, of rows after it.
+            bar_sd, sums = carry
+            operands = (window.read(x) for x in (rows_sd, hidden_sf, bar_sd))
+            summands, rows_bar_ld = _gradients(layers, OneGroup(), weights, *operands)
+            sums = jax.tree.map(lambda sum, new: new.astype(sum.dtype) if first else sum + new, sums, summands)
+            return window.write(bar_sd, rows_bar_ld), sums
 
+        # The first block sets the sums, so that a group need not begin with zeros.
+        bar_sd, sums = blocks.each(place, block, carry, empty_too=True)
+        return (bar_sd, sums), jax.tree.map(lambda sum, weight: sum.astype(weight.dtype), sums, weights)
 
-def sums_by_scatter(rows_sf: jax.Array, sizes_e: jax.Array) -> jax.Array:
-    """(E, F): the sum over each group's rows, on an accelerator."""
-    used_s1 = (jnp.arange(rows_sf.shape[0]) < sizes_e.sum())[:, None]
-    sums_ef = jnp.zeros_like(rows_sf, shape=(sizes_e.shape[0], rows_sf.shape[1]))
-    return sums_ef.at[_group_of_row(sizes_e, rows_sf.shape[0])].add(jnp.where(used_s1, rows_sf, 0))
-
-
-@jax.custom_vjp
-def batched_product(rows_ecd: jax.Array, weights_edf: jax.Array) -> jax.Array:
-    """Each group's rows times its matrix: (E, C, D) and (E, D, F) to (E, C, F)."""
-    return _batched_product(rows_ecd, weights_edf, transpose=False)
-
-
-def _batched_forward(rows_ecd: jax.Array, weights_edf: jax.Array) -> tuple[jax.Array, Any]:
-    return batched_product(rows_ecd, weights_edf), (rows_ecd, weights_edf)
-
-
-def _batched_backward(saved: Any, product_bar_ecf: jax.Array) -> tuple[jax.Array, jax.Array]:
-    rows_ecd, weights_edf = saved
-    rows_bar_ecd = _batched_product(product_bar_ecf, weights_edf, transpose=True)
-    return rows_bar_ecd, jnp.matmul(rows_ecd.mT, product_bar_ecf)
-
-
-batched_product.defvjp(_batched_forward, _batched_backward)
-
-
-def _batched_product(rows_ecd: jax.Array, weights_edf: jax.Array, *, transpose: bool) -> jax.Array:
-    def product(rows: jax.Array, weights: jax.Array) -> jax.Array:
-        return jnp.matmul(rows, weights.mT if transpose else weights)
-
-    def in_turn(rows_ecd: jax.Array, weights_edf: jax.Array) -> jax.Array:
-        return jax.lax.map(lambda operands: product(*operands), (rows_ecd, weights_edf))
-
-    if rows_ecd.shape[1] > FEW_ROWS:
-        return product(rows_ecd, weights_edf)
-    return jax.lax.platform_dependent(rows_ecd, weights_edf, cpu=in_turn, default=product)
-
-
-def _product_in_blocks(
-    rows_sd: jax.Array, weights_edf: jax.Array, sizes_e: jax.Array, *, transpose: bool = False
-) -> jax.Array:
-    num_rows, dim = rows_sd.shape
-    out_dim = weights_edf.shape[1 if transpose else 2]
-    # The last block of a group runs over into the next group, whose own blocks come later and overwrite it; the
-    # last group's runs over into this padding.
-    rows_sd = _padded(rows_sd)
-
-    def group(product_sf: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        weights_df, start, size = inputs
-
-        def block(at: jax.Array, length: int, whole: bool, product_sf: jax.Array) -> jax.Array:
-            rows_ld = jax.lax.dynamic_slice(rows_sd, (at, 0), (length, dim))
-            # Transposed here, where it is free: all matrices transposed beforehand would be a copy of them.
-            product_lf = rows_ld @ (weights_df.T if transpose else weights_df)
-            return jax.lax.dynamic_update_slice(product_sf, product_lf, (at, 0))
-
-        return _over_blocks(start, size, num_rows, block, product_sf), None
-
-    starts_e = jnp.cumsum(sizes_e) - sizes_e
-    # Zeros like the rows, here and below: on a mesh they are another device's own, and so must a loop's start be.
-    product_sf = jnp.zeros_like(rows_sd, shape=(rows_sd.shape[0], out_dim))
-    product_sf, _ = jax.lax.scan(group, product_sf, (weights_edf, starts_e, sizes_e))
-    return product_sf[:num_rows]
-
-
-def _outer_in_blocks(rows_sd: jax.Array, rows_sf: jax.Array, sizes_e: jax.Array) -> jax.Array:
-    """(E, D, F): the sum over each group's rows of their outer products."""
-    num_rows, dims, dtype = rows_sd.shape[0], (rows_sd.shape[1], rows_sf.shape[1]), rows_sf.dtype
-    rows_sd, rows_sf = _padded(rows_sd), _padded(rows_sf)
-
-    def group(carry: None, inputs: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
-        start, size = inputs
-
-        def block(at: jax.Array, length: int, whole: bool, outer_df: jax.Array) -> jax.Array:
-            rows_ld = jax.lax.dynamic_slice(rows_sd, (at, 0), (length, dims[0]))
-            rows_lf = jax.lax.dynamic_slice(rows_sf, (at, 0), (length, dims[1]))
-            if not whole:
-                # Both sides: a row beyond the group may hold anything, and 0 * NaN is not 0.
-                inside_l1 = (at + jnp.arange(length) < start + size)[:, None]
-                rows_ld, rows_lf = jnp.where(inside_l1, rows_ld, 0), jnp.where(inside_l1, rows_lf, 0)
-            return outer_df + jnp.matmul(rows_ld.T, rows_lf, preferred_element_type=outer_df.dtype)
-
-        total_df = jnp.zeros_like(rows_sf, jnp.promote_types(dtype, jnp.float32), shape=dims)
-        return carry, _over_blocks(start, size, num_rows, block, total_df).astype(dtype)
-
-    return jax.lax.scan(group, None, (jnp.cumsum(sizes_e) - sizes_e, sizes_e))[1]
-
-
-def _padded(rows_sd: jax.Array) -> jax.Array:
-    return jnp.pad(rows_sd, ((0, REST_BLOCKS[0]), (0, 0)))
-
-
-def _over_blocks(
-    start: jax.Array,
-    size: jax.Array,
-    num_rows: int,
-    block: Callable[[jax.Array, int, bool, jax.Array], jax.Array],
-    carry: jax.Array,
-) -> jax.Array:
-    """`block(at, length, whole, carry)` over [start, start + size); one that is not whole may run over the end."""
-
-    def repeated(count: jax.Array, at: jax.Array, length: int, whole: bool, carry: jax.Array) -> jax.Array:
-        return jax.lax.fori_loop(0, count, lambda i, carry: block(at + i * length, length, whole, carry), carry)
-
-    end = start + size
-    for length in WHOLE_BLOCKS:
-        if length <= num_rows:
-            count = (end - start) // length
-            carry = repeated(count, start, length, True, carry)
-            start = start + count * length
-    # Loops of one step or none: a conditional would copy what it carries.
-    shortest = REST_BLOCKS[0]
-    needed = -(-(end - start) // shortest) * shortest
-    for length in REST_BLOCKS:
-        if length < num_rows + shortest:
-            carry = repeated((needed == length).astype(jnp.int32), start, length, False, carry)
-    return carry
+    sums = jax.tree.map(lambda x: jnp.zeros_like(x[0], jnp.promote_types(x.dtype, jnp.float32)), weights)
+    start = outputs_bar.reshape(rows_sd.shape), sums
+    (rows_bar_sd, _), weights_bar = jax.lax.scan(group, start, (weights, places))
+    return weights_bar, rows_bar_sd.reshape(rows.shape)

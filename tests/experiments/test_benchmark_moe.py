@@ -41,16 +41,18 @@ def test_sections_are_measured_and_added_to_the_file(tmp_path):
 
 
 def test_meshes_are_read_from_the_compiled_programs(tmp_path):
-    report = benchmark_moe.main(dataclasses.replace(tiny(tmp_path, "dense"), mesh=("1x2", "2x2"), shape=(1, 32)))
+    report = benchmark_moe.main(dataclasses.replace(tiny(tmp_path, "dense"), mesh=("1x1", "1x2", "2x2"), shape=(1, 32)))
     assert list(report) == ["mesh"]
-    rows = report["mesh"]["rows"]
+    alone, rows = report["mesh"]["rows"][:2], report["mesh"]["rows"][2:]
+    assert [row["all_to_alls"] for row in alone] == [0, 0]
     assert [(row["mesh"], row["all_to_alls"]) for row in rows] == [("1x2", 2), ("1x2", 4), ("2x2", 2), ("2x2", 4)]
     for row in rows:
         # floor(32 · 1.25 / 4) slots for each of 4 experts, of which half stay.
         assert row["buffer_bytes"] == 4 * 10 * 8 * 4 / 2
         assert row["all_to_all_bytes"] == row["all_to_alls"] * row["buffer_bytes"]
         assert row["other_kinds"] == ["all-reduce"]
-        assert row["flops"] > 0
+        # Of one device, which has a sequence of its own on every mesh.
+        assert row["flops"] == pytest.approx(alone[row["mode"] != "forward"]["flops"], rel=0.05)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The three dispatches give one answer, in outputs and in every gradient."""
 
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -12,7 +13,9 @@ from flax import nnx
 import moe_jax.experts
 from moe_jax import Experts, Routing, grouped, mixture, token_groups
 from moe_jax.dispatch import Dispatch, dispatch_weight, layout, sorted_rows
-from moe_jax.grouped import FEW_ROWS, REST_BLOCKS, WHOLE_BLOCKS, batched_product, group_rows, grouped_product
+from moe_jax.experts import GEGLU, InWeights, OutWeights, gelu
+from moe_jax.grouped import LENGTHS, LONGEST_STEP, OneGroup, by_group
+from tests.moe.meshes import QUICK
 from tests.moe.support import assert_trees_close, assign_slots, choice, hidden_states
 
 TOKENS, EXPERTS, DIM = 24, 4, 6
@@ -122,8 +125,8 @@ def test_straight_through_changes_no_output():
     assert float(jnp.abs(plain[0][2] - with_it[0][2]).max()) > 1e-3
 
 
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes every grouped product return NaN beyond the last group, forward and backward."""
+def test_tails_full_of_nan_reach_nothing(monkeypatch: pytest.MonkeyPatch):
+    """Rows beyond the last group are NaN when the experts get them, and NaN come back from there both ways."""
 
     @jax.custom_vjp
     def poison(rows_sd: jax.Array, sizes_e: jax.Array) -> jax.Array:
@@ -134,17 +137,12 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda sizes_e, bar_sd: (poison(bar_sd, sizes_e), None),
     )
 
-    def product(rows_sd: jax.Array, weights_edf: jax.Array, sizes_e: jax.Array) -> jax.Array:
-        rows_sd = poison(rows_sd, sizes_e)
-        return poison(grouped_product(rows_sd, weights_edf, sizes_e), sizes_e)
+    def poisoned(layers: GEGLU, weights: Any, rows: jax.Array, sizes_e: jax.Array) -> jax.Array:
+        return poison(by_group(layers, weights, poison(rows, sizes_e), sizes_e), sizes_e)
 
-    monkeypatch.setattr(moe_jax.experts, "grouped_product", product)
-
-
-def test_tails_full_of_nan_reach_nothing(monkeypatch: pytest.MonkeyPatch):
-    poisoned(monkeypatch)
-    poisoned_values = value_and_gradients("ragged", 2.0)
-    assert_trees_close(poisoned_values, dense_value_and_gradients(2.0), relative=1e-5)
+    wanted = dense_value_and_gradients(2.0)
+    monkeypatch.setattr(moe_jax.experts, "by_group", poisoned)
+    assert_trees_close(value_and_gradients("ragged", 2.0), wanted, relative=1e-5)
     # The tails are there: more rows than assignments kept.
     row_ta, keep_ta, num_rows = sorted_rows(routing_of(jnp.ones((TOKENS, 3)), capacity_factor=2.0))
     assert int(keep_ta.sum()) < num_rows
@@ -180,6 +178,54 @@ def test_layout_is_its_own_inverse():
     assert (np.asarray(where.row_ta)[~np.asarray(routing.keep_ta)] == len(where.assignment_s)).all()
 
 
+LAYERS = GEGLU(gelu)
+
+
+def weights() -> tuple[InWeights, OutWeights]:
+    """Of four experts."""
+    shapes = {"w_in": (4, 5, 6), "b_in": (4, 6), "mult_bias": (4, 3), "w_out": (4, 3, 5), "b_out": (4, 5)}
+    made = {name: hidden_states(*shape, seed=seed) for seed, (name, shape) in enumerate(shapes.items())}
+    return InWeights(made["w_in"], made["b_in"]), OutWeights(made["mult_bias"], made["w_out"], made["b_out"])
+
+
+def row_by_row(weights: Any, rows_sd: jax.Array, group_s: jax.Array) -> jax.Array:
+    def row(weights: Any, row_d: jax.Array) -> jax.Array:
+        hidden_1f = LAYERS.hidden(OneGroup(), weights[0], row_d[None])
+        return LAYERS.output(OneGroup(), weights[1], hidden_1f)[0]
+
+    return jax.vmap(row)(jax.tree.map(lambda weight: weight[group_s], weights), rows_sd)
+
+
+def answers(call: Callable[[Any, jax.Array], jax.Array], rows: jax.Array, bar: jax.Array) -> tuple[Any, ...]:
+    """Outputs, and the gradients of weights and rows."""
+    outputs, pull = jax.vjp(call, weights(), rows)
+    return outputs, *pull(bar)
+
+
+@partial(jax.jit, compiler_options=QUICK)
+def in_blocks_and_by_rows(rows_sd: jax.Array, bar_sd: jax.Array, sizes_e: jax.Array) -> tuple[Any, Any]:
+    """The same twice, the first time with NaN beyond the last group: answers, and outputs without a gradient."""
+    used_s1 = (jnp.arange(len(rows_sd)) < sizes_e.sum())[:, None]
+    group_s = jnp.repeat(jnp.arange(4), sizes_e, total_repeat_length=len(rows_sd))
+
+    def answers_and_outputs(call: Callable[[Any, jax.Array], jax.Array], beyond: float) -> Any:
+        rows, bar = (jnp.where(used_s1, x_sd, beyond) for x_sd in (rows_sd, bar_sd))
+        outputs, weights_bar, rows_bar = answers(call, rows, bar)
+        of_rows = (jnp.where(used_s1, x_sd, 0) for x_sd in (outputs, rows_bar, call(weights(), rows)))
+        return weights_bar, *of_rows
+
+    blocks = partial(by_group, LAYERS)
+    return (
+        answers_and_outputs(lambda weights, rows_sd: blocks(weights, rows_sd, sizes_e), jnp.nan),
+        answers_and_outputs(partial(row_by_row, group_s=group_s), 0),
+    )
+
+
+def assert_close(got: Any, wanted: Any) -> None:
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(one, other.reshape(one.shape), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("rows", "sizes"),
     [
@@ -187,81 +233,66 @@ def test_layout_is_its_own_inverse():
         (300, [0, 0, 0, 0]),
         (300, [0, 0, 300, 0]),
         (300, [64, 1, 128, 107]),
-        (900, [513, 257, 96, 1]),
+        (1500, [641, 0, 640, 97]),
         (3, [2, 0, 0, 1]),
     ],
 )
-def test_grouped_product_in_blocks(rows: int, sizes: list[int]):
-    """Group sizes around the block lengths, empty ones and tails, against a product per row."""
-    assert (WHOLE_BLOCKS, REST_BLOCKS[0], REST_BLOCKS[-1]) == ((512, 256), 32, 256)
-    rows_sd, weights_edf = hidden_states(rows, 5), hidden_states(4, 5, 3, seed=2)
-    sizes_e = jnp.asarray(sizes)
-    used = sum(sizes)
-    expert_s = np.repeat(np.arange(4), sizes)
-
-    def used_rows(rows_sd: jax.Array, weights_edf: jax.Array) -> jax.Array:
-        return grouped_product(rows_sd, weights_edf, sizes_e)[:used]
-
-    def reference(rows_sd: jax.Array, weights_edf: jax.Array) -> jax.Array:
-        return jnp.einsum("sd,sdf->sf", rows_sd[:used], weights_edf[expert_s])
-
-    product, pull = jax.vjp(used_rows, rows_sd, weights_edf)
-    target, reference_pull = jax.vjp(reference, rows_sd, weights_edf)
-    np.testing.assert_allclose(product, target, rtol=1e-5, atol=1e-5)
-    bar_sf = hidden_states(used, 3, seed=3)
-    for got, wanted in zip(pull(bar_sf), reference_pull(bar_sf)):
-        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-4)
+def test_groups_in_blocks(rows: int, sizes: list[int]):
+    """Sizes around the lengths of blocks, empty groups, no row at all, tails."""
+    assert LENGTHS * LONGEST_STEP == 640
+    assert_close(*in_blocks_and_by_rows(hidden_states(rows, 5), hidden_states(rows, 5, seed=3), jnp.asarray(sizes)))
 
 
-@pytest.mark.parametrize("rows", [3, FEW_ROWS + 1])
-def test_batched_product(rows: int):
-    """In turn and at once, with both transposes."""
-    rows_ecd, weights_edf, bar_ecf = (
-        hidden_states(4, rows, 5),
-        hidden_states(4, 5, 3),
-        hidden_states(4, rows, 3, seed=3),
+@pytest.mark.parametrize("size", [3, 641])
+def test_groups_of_one_size(size: int):
+    """In one block each, and in two that do not divide them."""
+    rows_sd, bar_sd = hidden_states(4 * size, 5), hidden_states(4 * size, 5, seed=3)
+
+    def equal(weights: Any, rows_sd: jax.Array) -> jax.Array:
+        return jnp.reshape(by_group(LAYERS, weights, rows_sd.reshape(4, size, 5), None), (-1, 5))
+
+    group_s = jnp.repeat(jnp.arange(4), size)
+    got, wanted = (
+        jax.jit(partial(answers, call), compiler_options=QUICK)(rows_sd, bar_sd)
+        for call in (equal, partial(row_by_row, group_s=group_s))
     )
-    product, pull = jax.vjp(batched_product, rows_ecd, weights_edf)
-    target, reference_pull = jax.vjp(lambda *operands: jnp.einsum("ecd,edf->ecf", *operands), rows_ecd, weights_edf)
-    np.testing.assert_allclose(product, target, atol=1e-5)
-    for got, wanted in zip(pull(bar_ecf), reference_pull(bar_ecf), strict=True):
-        np.testing.assert_allclose(got, wanted, atol=1e-4)
+    assert_close(got, wanted)
+    assert_close(equal(weights(), rows_sd), wanted[0])
 
 
-def test_group_rows_and_their_sums():
-    """Rows beyond the last group count for nothing, whatever their gradient is."""
-    rows_ef, sizes_e = hidden_states(4, 3), jnp.asarray([2, 0, 40, 5])
-    group_s = np.repeat(np.arange(4), sizes_e)
-    repeated, pull = jax.vjp(partial(group_rows, sizes_e=sizes_e, num_rows=50), rows_ef)
-    np.testing.assert_array_equal(repeated[:47], rows_ef[group_s])
-    bar_sf = hidden_states(50, 3, seed=3).at[47:].set(jnp.nan)
-    expected = jnp.zeros((4, 3)).at[group_s].add(bar_sf[:47])
-    np.testing.assert_allclose(pull(bar_sf)[0], expected, atol=1e-5)
-    np.testing.assert_allclose(grouped.sums_by_scatter(bar_sf, sizes_e), expected, atol=1e-5)
+@pytest.mark.parametrize("sizes", [[7, 0, 20, 11], None], ids=["sorted", "equal"])
+def test_what_accelerators_compute(sizes: list[int] | None):
+    """All groups at once, which a CPU can do too, only slowly; tails of NaN there as well."""
+    used = 40 if sizes is None else sum(sizes)
+    group_s = jnp.repeat(jnp.arange(4), jnp.asarray(sizes or [10] * 4))
+    rows_sd, bar_sd = (hidden_states(40, 5, seed=seed).at[used:].set(jnp.nan) for seed in (0, 3))
+    sizes_e = None if sizes is None else jnp.asarray(sizes)
+    rows, bar = (x_sd if sizes else x_sd.reshape(4, 10, 5) for x_sd in (rows_sd, bar_sd))
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def at_once(rows: jax.Array, bar: jax.Array) -> Any:
+        hidden, outputs = grouped.both_at_once(LAYERS, weights(), rows, sizes_e)
+        return outputs, *grouped.gradients_at_once(LAYERS, weights(), rows, sizes_e, hidden, bar)
+
+    outputs, weights_bar, rows_bar = at_once(rows, bar)
+    got = outputs.reshape(-1, 5)[:used], weights_bar, rows_bar.reshape(-1, 5)[:used]
+    assert_close(got, answers(partial(row_by_row, group_s=group_s), rows_sd[:used], bar_sd[:used]))
 
 
-def test_blocks_equal_the_ragged_dot_of_other_backends():
-    """What an accelerator runs, which a CPU computes too, only slowly: products and both transposes."""
-    rows_sd, weights_edf, bar_sf = hidden_states(40, 5), hidden_states(4, 5, 3, seed=2), hidden_states(40, 3, seed=3)
-    sizes_e = jnp.asarray([7, 0, 20, 13])
-    np.testing.assert_allclose(
-        grouped_product(rows_sd, weights_edf, sizes_e), jax.lax.ragged_dot(rows_sd, weights_edf, sizes_e), atol=1e-5
-    )
-    ours = jax.vjp(lambda *arrays: grouped_product(*arrays, sizes_e), rows_sd, weights_edf)[1](bar_sf)
-    theirs = grouped.transpose_of_ragged_dot(rows_sd, weights_edf, sizes_e, bar_sf)
-    for got, wanted in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(got, wanted, atol=1e-5)
-
-
-def test_ragged_memory_and_work_follow_the_tokens():
-    """Blocks of the rows, not experts times rows: twice the experts must not double the counted work."""
+def test_memory_of_a_forward_is_that_of_one_block_of_hidden_states():
+    """However many experts and rows there are, and nothing is computed for an expert without rows."""
+    dim, hidden, rows = 16, 64, 4096
 
     def scratch(num_experts: int) -> int:
-        rows_sd, sizes_e = hidden_states(512, 16), jnp.full(num_experts, 512 // num_experts)
-        compiled = jax.jit(grouped_product).lower(rows_sd, jnp.ones((num_experts, 16, 16)), sizes_e).compile()
+        first = InWeights(jnp.ones((num_experts, dim, 2 * hidden)), None)
+        second = OutWeights(None, jnp.ones((num_experts, hidden, dim)), None)
+        sizes_e = jnp.full(num_experts, rows // num_experts)
+        compiled = jax.jit(partial(by_group, LAYERS)).lower((first, second), jnp.ones((rows, dim)), sizes_e).compile()
         memory = compiled.memory_analysis()
         assert memory is not None
         return memory.temp_size_in_bytes
 
-    rows = 512 * 16 * 4
-    assert scratch(32) < scratch(2) + 2 * rows
+    block = LENGTHS * LONGEST_STEP * (3 * hidden + 2 * dim) * 4
+    all_rows = rows * dim * 4
+    assert scratch(2) < all_rows + 2 * block < rows * 2 * hidden * 4
+    assert scratch(64) < all_rows + block
