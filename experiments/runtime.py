@@ -22,8 +22,8 @@ BAD_INPUT = 2
 NOT_FINITE = 3
 INTERRUPTED = 130
 
-# A process not heard of for so long is taken for dead, and JAX ends the others. Most deaths show earlier, as broken
-# connections; this finds machines that are gone and processes that are stopped.
+# A process not heard of for so long is taken for dead, and JAX ends the others. Many deaths show earlier, as broken
+# connections; this finds the others, machines that are gone and processes that are stopped.
 HEARTBEAT_TIMEOUT_SECONDS = 30
 
 

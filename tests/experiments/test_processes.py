@@ -42,8 +42,39 @@ def finish(processes, folder):
     return [process.returncode for process in processes], logs(processes, folder)
 
 
+def kill(processes):
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
 def logs(processes, folder):
     return [(folder / f"{index}.log").read_text() for index in range(len(processes))]
+
+
+def wait_until(reached, processes, folder):
+    """Returns when `reached()`, at which all processes must be running still."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    try:
+        while not reached():
+            assert time.monotonic() < deadline, logs(processes, folder)
+            assert {process.poll() for process in processes} == {None}, logs(processes, folder)
+            time.sleep(0.005)
+    except BaseException:
+        kill(processes)
+        raise
+
+
+def end_of_survivor(survivor, processes, folder):
+    """The log of a process that must end by itself, in time and with an error; the others are killed then."""
+    try:
+        code = processes[survivor].wait(SECONDS_TO_STOP)
+    finally:
+        kill(processes)
+    log = logs(processes, folder)[survivor]
+    assert code in (1, -signal.SIGABRT), log
+    assert "error" in log.lower()
+    return log
 
 
 @pytest.fixture(scope="module")
@@ -69,37 +100,6 @@ def test_two_processes_train_as_one(together, tmp_path):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def wait_until(reached, processes, folder):
-    """Returns when `reached()`, at which all processes must be running still."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    try:
-        while not reached():
-            assert time.monotonic() < deadline, logs(processes, folder)
-            assert {process.poll() for process in processes} == {None}, logs(processes, folder)
-            time.sleep(0.001)
-    except BaseException:
-        kill(processes)
-        raise
-
-
-def kill(processes):
-    for process in processes:
-        process.kill()
-        process.wait()
-
-
-def end_of_survivor(survivor, processes, folder):
-    """The log of a process that must end by itself, in time and with an error; the others are killed then."""
-    try:
-        code = processes[survivor].wait(SECONDS_TO_STOP)
-    finally:
-        kill(processes)
-    log = logs(processes, folder)[survivor]
-    assert code in (1, -signal.SIGABRT), log
-    assert "error" in log.lower()
-    return log
-
-
 @pytest.mark.slow
 def test_a_coordinator_killed_in_a_checkpoint_ends_the_other_and_the_run_resumes(together, tmp_path):
     config = tiny_config(tmp_path, steps=STEPS, checkpoint_every=STEPS // 6, log_every=2, validate_every=STEPS)
@@ -110,7 +110,7 @@ def test_a_coordinator_killed_in_a_checkpoint_ends_the_other_and_the_run_resumes
         return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
 
     def halted_while_writing():
-        # Looked at only while process 0, which gives a checkpoint its name, cannot: so the kill cannot come late.
+        # Process 0 gives a checkpoint its name. What is seen while it stands still is true when it is killed.
         if not (complete() and any(folder.glob("*tmp*"))):
             return False
         processes[0].send_signal(signal.SIGSTOP)
