@@ -134,8 +134,12 @@ def test_a_coordinator_killed_in_a_checkpoint_ends_the_other_and_the_run_resumes
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "line"), [(signal.SIGKILL, "from step 0"), (signal.SIGSTOP, "step 2 of")])
-def test_a_process_killed_before_the_first_step_or_stopped_in_training_ends_the_other(number, line, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "line"),
+    [(signal.SIGKILL, "from step 0"), (signal.SIGSTOP, "step 2 of")],
+    ids=["killed before the first step", "stopped in training"],
+)
+def test_a_process_that_dies_or_hangs_ends_the_other(number, line, tmp_path):
     """A stopped process keeps its connections: only that it says nothing shows that it is gone."""
     endless = tiny_config(tmp_path, steps=10**6, checkpoint_every=10**6, log_every=2, validate_every=10**6)
     processes = start(endless, tmp_path, devices=2)
