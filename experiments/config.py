@@ -14,7 +14,7 @@ import optax
 MAY_CHANGE = frozenset(
     (
         *("data", "output", "resume", "overwrite", "wandb", "distributed", "coordinator", "processes", "process_index"),
-        *("expert_parallel", "fsdp"),
+        *("join_timeout", "expert_parallel", "fsdp"),
         *("log_every", "validate_every", "validation_batches", "sample_every", "checkpoint_every", "keep_checkpoints"),
         *("report", "report_repeats", "gamma", "verification", "temperature", "prompt_length", "generate_length"),
     )
@@ -52,6 +52,7 @@ class RunConfig:
       coordinator: host:port of process 0.
       processes: number of processes.
       process_index: which of them this one is.
+      join_timeout: seconds that a process waits for the others when it starts.
       expert_parallel: devices that experts are spread over; the others repeat them for other rows of the batch. Each
         device has rows of its own if the batch divides among all, else these devices have the same rows.
       fsdp: whether weights and optimiser states are spread over the devices of the batch as well.
@@ -83,13 +84,14 @@ class RunConfig:
     coordinator: str | None = None
     processes: int | None = None
     process_index: int | None = None
+    join_timeout: int = 120
     expert_parallel: int = 1
     fsdp: bool = False
 
     def __post_init__(self) -> None:
         at_least_one = (
             "steps", "batch_size", "accumulation", "sequence_length", "log_every", "validate_every",
-            "validation_batches", "checkpoint_every", "keep_checkpoints", "expert_parallel",
+            "validation_batches", "checkpoint_every", "keep_checkpoints", "join_timeout", "expert_parallel",
         )  # fmt: skip
         for name in at_least_one:
             if (value := getattr(self, name)) < 1:

@@ -22,8 +22,8 @@ BAD_INPUT = 2
 NOT_FINITE = 3
 INTERRUPTED = 130
 
-# A process not heard of for so long is taken for dead, and JAX ends the others. Most deaths show earlier, as broken
-# connections; this finds machines that are gone and processes that are stopped.
+# A process not heard of for so long is taken for dead, and JAX ends the others. Many deaths show earlier, as broken
+# connections; this finds the others, machines that are gone and processes that are stopped.
 HEARTBEAT_TIMEOUT_SECONDS = 30
 
 
@@ -35,7 +35,7 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
-def start_processes(config: RunConfig | None = None) -> None:
+def start_processes(config: RunConfig) -> None:
     """Joins the other processes of the run, where there are any and that has not been done.
 
     They are named by the configuration, by the environment as `experiments.launch` sets it, or, with `distributed`
@@ -44,7 +44,7 @@ def start_processes(config: RunConfig | None = None) -> None:
     if jax.distributed.is_initialized():
         return
     coordinator, processes, index = os.environ.get(COORDINATOR), _integer(PROCESSES), _integer(PROCESS_INDEX)
-    if config is not None and config.distributed:
+    if config.distributed:
         coordinator = config.coordinator or coordinator
         processes = processes if config.processes is None else config.processes
         index = index if config.process_index is None else config.process_index
@@ -52,7 +52,17 @@ def start_processes(config: RunConfig | None = None) -> None:
         return
     # JAX would catch SIGTERM for a service of its own, before `StopRequest` and in scripts without one.
     jax.config.update("jax_enable_preemption_service", False)
-    jax.distributed.initialize(coordinator, processes, index, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_SECONDS)
+    # Said before: when the time is over JAX aborts the process, with a message that does not tell what was waited for.
+    where = f" at {coordinator}" if coordinator else ""
+    waiting = f"waiting for all processes to join{where}: {config.join_timeout} seconds at most (join_timeout)"
+    print(waiting, file=sys.stderr, flush=True)
+    jax.distributed.initialize(
+        coordinator,
+        processes,
+        index,
+        initialization_timeout=config.join_timeout,
+        heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_SECONDS,
+    )
 
 
 def _integer(variable: str) -> int | None:

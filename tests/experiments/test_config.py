@@ -17,6 +17,7 @@ from spec_jax import DecoderConfig
     [
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"processes": 2}, "processes must be given with distributed only, got 2 without it"),
+        ({"join_timeout": 0}, "join_timeout must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"accumulation": 0}, "accumulation must be at least 1"),
         ({"sequence_length": 0}, "sequence_length must be at least 1"),

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from experiments.config import RunConfig
 from experiments.launch import LaunchConfig, environments
 from experiments.runtime import start_processes
 
@@ -99,4 +100,4 @@ def test_bad_input(arguments, message):
 def test_environment_that_is_no_number(monkeypatch):
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
     with pytest.raises(ValueError, match="JAX_NUM_PROCESSES must be an integer, got 'two'"):
-        start_processes()
+        start_processes(RunConfig())

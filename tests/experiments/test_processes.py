@@ -20,11 +20,11 @@ PATIENCE_SECONDS = 900
 SECONDS_TO_STOP = 60
 
 
-def start(config, folder, *more, processes=2):
-    """The processes of a run, on four devices in total."""
-    size = LaunchConfig(processes=processes, devices_per_process=4 // processes)
+def start(config, folder, *more, processes=2, devices=4, joining=2):
+    """The processes of a run, or the first of them, and how many devices they have in total."""
+    size = LaunchConfig(processes=processes, devices_per_process=devices // processes)
     started = []
-    for environment in environments(size, os.environ):
+    for environment in environments(size, os.environ)[:joining]:
         with (folder / f"{len(started)}.log").open("wb") as log:
             command = [*check_resume.command(config), "--data", config.data, *more]
             started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
@@ -38,14 +38,43 @@ def finish(processes, folder):
         for process in processes:
             process.wait(max(0, deadline - time.monotonic()))
     finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+        kill(processes)
     return [process.returncode for process in processes], logs(processes, folder)
+
+
+def kill(processes):
+    for process in processes:
+        process.kill()
+        process.wait()
 
 
 def logs(processes, folder):
     return [(folder / f"{index}.log").read_text() for index in range(len(processes))]
+
+
+def wait_until(reached, processes, folder):
+    """Returns when `reached()`, at which all processes must be running still."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    try:
+        while not reached():
+            assert time.monotonic() < deadline, logs(processes, folder)
+            assert {process.poll() for process in processes} == {None}, logs(processes, folder)
+            time.sleep(0.005)
+    except BaseException:
+        kill(processes)
+        raise
+
+
+def end_of_survivor(survivor, processes, folder):
+    """The log of a process that must end by itself, in time and with an error; the others are killed then."""
+    try:
+        code = processes[survivor].wait(SECONDS_TO_STOP)
+    finally:
+        kill(processes)
+    log = logs(processes, folder)[survivor]
+    assert code in (1, -signal.SIGABRT), log
+    assert "error" in log.lower()
+    return log
 
 
 @pytest.fixture(scope="module")
@@ -72,31 +101,61 @@ def test_two_processes_train_as_one(together, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_others_and_the_run_resumes(together, tmp_path):
+def test_a_coordinator_killed_in_a_checkpoint_ends_the_other_and_the_run_resumes(together, tmp_path):
     config = tiny_config(tmp_path, steps=STEPS, checkpoint_every=STEPS // 6, log_every=2, validate_every=STEPS)
     processes = start(config, tmp_path)
-    try:
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while not any(record["step"] > STEPS // 3 for record in read_metrics(config.output)):
-            assert time.monotonic() < deadline, logs(processes, tmp_path)
-            assert [process.poll() for process in processes] == [None, None], logs(processes, tmp_path)
-            time.sleep(0.01)
-        processes[1].kill()
-        code = processes[0].wait(SECONDS_TO_STOP)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert code not in (0, -signal.SIGKILL)
-    assert "error" in logs(processes, tmp_path)[0].lower()
+    folder = config.output / "checkpoints"
+
+    def complete():
+        return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+
+    def halted_while_writing():
+        # Process 0 gives a checkpoint its name. What is seen while it stands still is true when it is killed.
+        if not (complete() and any(folder.glob("*tmp*"))):
+            return False
+        processes[0].send_signal(signal.SIGSTOP)
+        if any(folder.glob("*tmp*")):
+            return True
+        processes[0].send_signal(signal.SIGCONT)
+        return False
+
+    wait_until(halted_while_writing, processes, tmp_path)
+    processes[0].kill()
+    end_of_survivor(1, processes, tmp_path)
+    assert any(folder.glob("*tmp*"))
+    left = complete()[-1]
+    assert left < STEPS
 
     codes, outputs = finish(start(config, tmp_path, "--resume"), tmp_path)
     assert codes == [0, 0], outputs
-    begun = re.search(rf"from step (\d+) to {STEPS}", outputs[0])
-    assert begun is not None
-    assert STEPS // 6 <= int(begun[1]) < STEPS
+    assert f"from step {left} to {STEPS}" in outputs[0]
     for expected, got in zip(*map(check_resume.final_leaves, (together, config)), strict=True):
         np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "line"),
+    [(signal.SIGKILL, "from step 0"), (signal.SIGSTOP, "step 2 of")],
+    ids=["killed before the first step", "stopped in training"],
+)
+def test_a_process_that_dies_or_hangs_ends_the_other(number, line, tmp_path):
+    """A stopped process keeps its connections: only that it says nothing shows that it is gone."""
+    endless = tiny_config(tmp_path, steps=10**6, checkpoint_every=10**6, log_every=2, validate_every=10**6)
+    processes = start(endless, tmp_path, devices=2)
+    wait_until(lambda: line in logs(processes, tmp_path)[0], processes, tmp_path)
+    processes[1].send_signal(number)
+    log = end_of_survivor(0, processes, tmp_path)
+    assert ("step 2 of" in log) == (number == signal.SIGSTOP)
+
+
+@pytest.mark.slow
+def test_a_process_that_never_joins_ends_the_other(tmp_path):
+    config = tiny_config(tmp_path)
+    processes = start(config, tmp_path, "--join-timeout", "3", joining=1)
+    log = end_of_survivor(0, processes, tmp_path)
+    assert re.search(r"waiting for all processes to join at localhost:\d+: 3 seconds at most \(join_timeout\)\n", log)
+    assert not config.output.exists()
 
 
 @pytest.mark.slow
@@ -104,11 +163,7 @@ def test_a_signal_to_one_process_stops_all(tmp_path):
     """They agree that the run is not done: none writes its report, and none waits for another."""
     config = tiny_config(tmp_path, steps=10**6, checkpoint_every=10**6, log_every=2, validate_every=10**6, report=True)
     processes = start(config, tmp_path)
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not read_metrics(config.output):
-        assert time.monotonic() < deadline, logs(processes, tmp_path)
-        assert [process.poll() for process in processes] == [None, None], logs(processes, tmp_path)
-        time.sleep(0.01)
+    wait_until(lambda: read_metrics(config.output), processes, tmp_path)
     processes[1].send_signal(signal.SIGTERM)
     codes, outputs = finish(processes, tmp_path)
     assert codes == [128 + signal.SIGTERM] * 2, outputs
