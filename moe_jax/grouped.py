@@ -193,15 +193,15 @@ class Window(NamedTuple):
 
     def read(self, rows_sd: jax.Array) -> jax.Array:
         """(L, D), zero where a row is not the block's own: it may hold anything, and 0 * NaN is not 0."""
-        rows_ld = jax.lax.dynamic_slice(rows_sd, (self.at, 0), (self.length, rows_sd.shape[1]))
+        rows_ld = jax.lax.dynamic_slice_in_dim(rows_sd, self.at, self.length)
         return rows_ld if self.inside_l1 is None else jnp.where(self.inside_l1, rows_ld, 0)
 
     def write(self, rows_sd: jax.Array, new_ld: jax.Array) -> jax.Array:
         """All rows, with new ones where they are the block's own."""
         if self.inside_l1 is not None:
-            old_ld = jax.lax.dynamic_slice(rows_sd, (self.at, 0), new_ld.shape)
+            old_ld = jax.lax.dynamic_slice_in_dim(rows_sd, self.at, self.length)
             new_ld = jnp.where(self.inside_l1, new_ld, old_ld)
-        return jax.lax.dynamic_update_slice(rows_sd, new_ld, (self.at, 0))
+        return jax.lax.dynamic_update_slice_in_dim(rows_sd, new_ld, self.at, axis=0)
 
 
 class Place(NamedTuple):

@@ -1,7 +1,9 @@
 """A layer over a mesh computes what it computes on one device: outputs, losses, metrics and every gradient."""
 
+from collections import Counter
 from functools import cache
-from typing import Any
+from itertools import product
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +12,10 @@ import pytest
 
 import moe_jax.parallel
 from moe_jax import CoordinateDescent, ExpertChoice, MoE, RouterTotals, TopN, token_groups
+from moe_jax.dispatch import DISPATCHES
 from moe_jax.exchange import Exchange
 from moe_jax.parallel import Placement, _most_groups
+from moe_jax.slots import SlotOrder
 from tests.moe.meshes import MESHES, Case, Results, all_on, assert_equal, case, drops, mesh_of, results, worst_errors
 from tests.moe.support import ALL
 
@@ -43,45 +47,72 @@ def test_any_number_of_experts_on_any_mesh(shape: tuple[int, int]):
         assert_equal(results(all_on(mesh_of(*shape), float64_cases())), wanted, relative=1e-12)
 
 
-# Each line: the number of experts and the options, on one mesh. Together: every dispatch with every slot order, kind of
-# group and router; groups cut by devices and whole ones; with drops and without; with and without padding.
-COVER: dict[tuple[int, int], list[dict[str, Any]]] = {
-    (2, 4): [
-        {"num_experts": 5, "dispatch": "index", "slot_order": "choice", "group_size": "batch"},
-        {"num_experts": 3, "dispatch": "ragged", "num_shared_experts": 1},
-        {"num_experts": 8, "dispatch": "dense", "slot_order": "priority", "group_size": 7},
-        {"num_experts": 16, "dispatch": "ragged", "router": ExpertChoice()},
+# Each line: a dispatch, a slot order, the number of experts, and options. Every mesh has every dispatch and every slot
+# order, and each of their nine pairs is on three meshes; every kind of group, padding and router is on several.
+COVER: dict[tuple[int, int], list[tuple[str, str, int, dict[str, Any]]]] = {
+    (1, 1): [("index", "token", 5, {}), ("ragged", "choice", 8, {}), ("dense", "priority", 3, {})],
+    (1, 2): [
+        ("index", "choice", 3, {"group_size": "batch", "masked": False}),
+        ("ragged", "priority", 5, {"straight_through": True}),
+        ("dense", "token", 8, {"group_size": 7}),
     ],
-    (3, 2): [
-        {"num_experts": 5, "dispatch": "ragged", "straight_through": True},
-        {"num_experts": 8, "dispatch": "index", "slot_order": "priority", "masked": False},
-        {"num_experts": 3, "dispatch": "dense", "group_size": "batch", "slot_order": "choice"},
-        {"num_experts": 16, "dispatch": "index", "group_size": 11, "masked": False},
-    ],
-    (1, 8): [
-        {"num_experts": 16, "dispatch": "index", "router": RANDOM, "gumbel_noise": 0.5, "input_jitter": 0.1},
-        {"num_experts": 8, "dispatch": "ragged", "router": TopN(n=3, policy_train="all", score="sigmoid", bias=True)},
-        {"num_experts": 5, "dispatch": "dense", "group_size": 4},
-        {"num_experts": 3, "dispatch": "index", "capacity_factor_train": None, "slot_order": "priority"},
-        {"num_experts": 1, "dispatch": "ragged", "router": TopN(n=1)},
+    (2, 1): [
+        ("index", "priority", 8, {"group_size": 11, "masked": False}),
+        ("ragged", "token", 5, {"router": RANDOM}),
+        ("dense", "choice", 3, {"group_size": "batch"}),
     ],
     (2, 2): [
-        {"num_experts": 3, "dispatch": "index", "router": CoordinateDescent(policy_train="all"), "group_size": "batch"},
-        {"num_experts": 16, "dispatch": "ragged", "masked": False},
-        {"num_experts": 5, "dispatch": "index", "straight_through": True, "group_size": 3},
+        ("index", "token", 3, {"router": CoordinateDescent(policy_train="all"), "group_size": "batch"}),
+        ("ragged", "choice", 16, {"masked": False}),
+        ("dense", "priority", 5, {"straight_through": True, "group_size": 3}),
+        ("ragged", "token", 8, {"router": ExpertChoice()}),
+    ],
+    (1, 3): [
+        ("index", "choice", 5, {"num_shared_experts": 1}),
+        ("ragged", "priority", 8, {"router": CoordinateDescent(policy_train="all")}),
+        ("dense", "token", 16, {}),
+    ],
+    (3, 2): [
+        ("index", "priority", 8, {"masked": False}),
+        ("ragged", "token", 5, {"straight_through": True}),
+        ("dense", "choice", 3, {"router": RANDOM, "group_size": "batch"}),
+    ],
+    (2, 4): [
+        ("index", "token", 16, {"group_size": 11, "masked": False}),
+        ("ragged", "choice", 3, {"num_shared_experts": 1, "group_size": "batch"}),
+        ("dense", "priority", 8, {"group_size": 7}),
+        ("index", "token", 16, {"router": ExpertChoice()}),
+    ],
+    (1, 8): [
+        ("index", "choice", 16, {"router": RANDOM, "gumbel_noise": 0.5, "input_jitter": 0.1}),
+        ("ragged", "priority", 8, {"router": TopN(n=3, policy_train="all", score="sigmoid", bias=True)}),
+        ("dense", "token", 5, {"group_size": 4}),
+        ("ragged", "token", 1, {"router": TopN(n=1)}),
     ],
     (8, 1): [
-        {"num_experts": 5, "dispatch": "ragged", "router": RANDOM},
-        {"num_experts": 3, "dispatch": "index", "slot_order": "choice"},
+        ("index", "priority", 3, {"capacity_factor_train": None}),
+        ("ragged", "token", 5, {"router": RANDOM}),
+        ("dense", "choice", 8, {"straight_through": True}),
     ],
-    (1, 1): [{"num_experts": 5, "dispatch": dispatch} for dispatch in ("dense", "index", "ragged")],
 }
+
+
+def test_the_cover_covers():
+    assert set(COVER) == set(MESHES)
+    pairs = Counter((dispatch, order) for lines in COVER.values() for dispatch, order, _, _ in lines[:3])
+    assert pairs == {pair: 3 for pair in product(DISPATCHES, get_args(SlotOrder))}
+    for lines in COVER.values():
+        assert {dispatch for dispatch, *_ in lines} == set(DISPATCHES)
+        assert {order for _, order, *_ in lines} == set(get_args(SlotOrder))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", COVER, ids=str)
 def test_every_option(shape: tuple[int, int]):
-    cases = [case(**options) for options in COVER[shape]]
+    cases = [
+        case(dispatch=dispatch, slot_order=order, num_experts=number, **options)
+        for dispatch, order, number, options in COVER[shape]
+    ]
     assert_equal(results(all_on(mesh_of(*shape), cases)), results(cases), relative=1e-5)
 
 
