@@ -271,7 +271,9 @@ def _cut(weights: Weights, rows: jax.Array, sizes_e: jax.Array | None) -> tuple[
         size = rows.shape[1]
         length = -(-size // -(-size // (LENGTHS * LONGEST_STEP)))
         blocks = Blocks(num_rows, (length,), exact=size % length == 0)
-        sizes_e = jnp.full(num_groups, size, jnp.int32)
+        # Sizes that XLA does not know: of a single block it would make a part of the loop over groups, where it copies
+        # the second half's weights while it multiplies by the first's, a third slower.
+        sizes_e = jax.lax.optimization_barrier(jnp.full(num_groups, size, jnp.int32))
     else:
         step = -(-num_rows // (16 * num_groups * SHORTEST_STEP)) * SHORTEST_STEP
         step = min(max(step, SHORTEST_STEP), LONGEST_STEP)

@@ -1,10 +1,13 @@
-"""Every test sees 8 CPU devices, strict shapes, and a compilation cache shared between runs."""
+"""Every test sees 8 CPU devices, strict shapes, quick compiles, and a compilation cache shared between runs."""
 
 import os
 import pathlib
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("SPEC_JAX_TEST_PLATFORM", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Most programs of tests run once, and LLVM's optimiser would take longer than it saves, here and in the processes that
+# tests start. Modules whose programs run long have OPTIMISED = True.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 import jax
 import pytest
@@ -19,7 +22,11 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def compiled_programs_end_with_their_module():
-    """Each compiled program keeps memory mapped, and Linux lets a process have 65,530 maps by default."""
+def compiled_programs_of_a_module(request: pytest.FixtureRequest):
+    """Optimised where the module asks for it, and gone at its end.
+
+    Each compiled program keeps memory mapped, and Linux lets a process have 65,530 maps by default.
+    """
+    jax.config.update("jax_disable_most_optimizations", not getattr(request.module, "OPTIMISED", False))
     yield
     jax.clear_caches()

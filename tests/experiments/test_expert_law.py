@@ -23,6 +23,8 @@ from tests.spec.law_cells import FILTERS, NEW_TOKENS, PROMPT_LENGTHS, PROMPTS, S
 from tests.spec.reference import Filters, Fit, fit, sequence_law
 from tests.spec.strategies import all_logits
 
+OPTIMISED = True
+
 GAMMA, COPIES = 2, 125
 CONFIG = DecoderConfig(vocab_size=VOCAB, dim=8, depth=3, heads=1, dim_head=4, ff_mult=1)
 EXPERTS = ExpertsConfig(num_experts=3, hidden=6)

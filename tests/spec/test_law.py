@@ -19,6 +19,8 @@ from spec_jax.sampling import Sampling
 from tests.spec.law_cells import FILTERS, SEQUENCES, draw_cell, p_values, prompt_law
 from tests.spec.reference import Filters
 
+OPTIMISED = True
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("eos_id", [None, 1])

@@ -35,6 +35,8 @@ from tests.spec.law_cells import (
     tally,
 )
 
+OPTIMISED = True
+
 BATCH = 4
 
 

@@ -23,6 +23,8 @@ from tests.spec.law_cells import FILTERS, NEW_TOKENS, PROMPT_LENGTHS, PROMPT_WID
 from tests.spec.reference import Filters, Fit, fit, sequence_law
 from tests.spec.strategies import NAMES, strategy
 
+OPTIMISED = True
+
 GAMMA, CHUNKS = 2, 50
 CONFIG = DecoderConfig(vocab_size=VOCAB, dim=8, depth=2, heads=1, dim_head=4, ff_mult=1)
 

@@ -21,6 +21,8 @@ from tests.spec.law_cells import DRAFT, FILTERS, PROMPT_LENGTHS, PROMPTS, TARGET
 from tests.spec.reference import filtered_probs, fit
 from tests.spec.toys import next_logits
 
+OPTIMISED = True
+
 RULES = {
     "rejection": lambda *arguments: verification.rejection(*arguments, lenience=jnp.float32(1)),
     "block": verification.block,
