@@ -266,7 +266,7 @@ def _print(section: str, rows: list[Row]) -> None:
 
 def _print_meshes(rows: list[Row]) -> None:
     table = Table(
-        title="each device, with a sequence of its own, counted in the compiled program",
+        title="each device, with a sequence of its own, counted in the program",
         caption="moves: all-to-alls; buffers: their bytes in capacity buffers; beside: gradients and counts summed; "
         "held: arguments.",
     )

@@ -15,7 +15,8 @@ def counted_flops(function: Callable[..., Any], *args: Any) -> float:
     counts a loop once. Before compiling, where every product is still written out.
 
     Args:
-      function: any that `jax.jit` takes. A loop of its own counts once.
+      function: for `jax.jit`. A loop of its own counts once, and what counts for `ragged_dot` is up to XLA: mixtures
+        of experts are counted with the dispatch `index`.
       *args: arrays or `jax.ShapeDtypeStruct`s.
     """
     lowered = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",))

@@ -124,7 +124,7 @@ class ExchangedExperts:
         return self.exchange.all_to_all(self.local.batched(x_mcd), split_axis=1, concat_axis=0)
 
     def grouped(self, x_sd: jax.Array, sizes_e: jax.Array) -> jax.Array:
-        """Rows sorted by place, `sizes_e` each: (S, D) to (S, D). Rows beyond the last place's are zero."""
+        """Rows sorted by place, `sizes_e` each: (S, D) to (S, D). Rows beyond the last place's are undefined."""
         if self.exchange.size == 1:
             return self.local.grouped(x_sd, sizes_e)
         sent_gm = sizes_e.reshape(self.exchange.size, self.exchange.per_device)

@@ -57,7 +57,7 @@ class GEGLU:
         return outputs if weights.b_out is None else outputs + grouping.each(weights.b_out)
 
 
-def weights_in(
+def weights_by_half(
     dtype: jnp.dtype,
     w_in: nnx.Param,
     b_in: nnx.Param | None,
@@ -125,7 +125,7 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(..., D) to (..., D)."""
-        weights = weights_in(x.dtype, self.w_in_df, self.b_in_f, self.mult_bias_f, self.w_out_fd, self.b_out_d)
+        weights = weights_by_half(x.dtype, self.w_in_df, self.b_in_f, self.mult_bias_f, self.w_out_fd, self.b_out_d)
         layers, one = GEGLU(self.activation), OneGroup()
         hidden_tf = layers.hidden(one, weights[0], x.reshape(-1, x.shape[-1]))
         return layers.output(one, weights[1], hidden_tf).reshape(x.shape)
@@ -170,7 +170,6 @@ class Experts(nnx.Module):
 
     def batched(self, x_ecd: jax.Array) -> jax.Array:
         """Every expert on its own C rows: (E, C, D) to (E, C, D)."""
-
         return by_group(GEGLU(self.activation), self._weights(x_ecd.dtype), x_ecd, None)
 
     def grouped(self, x_sd: jax.Array, sizes_e: jax.Array) -> jax.Array:
@@ -178,7 +177,7 @@ class Experts(nnx.Module):
         return by_group(GEGLU(self.activation), self._weights(x_sd.dtype), x_sd, sizes_e)
 
     def _weights(self, dtype: jnp.dtype) -> tuple[InWeights, OutWeights]:
-        return weights_in(dtype, self.w_in_edf, self.b_in_ef, self.mult_bias_ef, self.w_out_efd, self.b_out_ed)
+        return weights_by_half(dtype, self.w_in_edf, self.b_in_ef, self.mult_bias_ef, self.w_out_efd, self.b_out_ed)
 
 
 def initial_weights(

@@ -15,21 +15,16 @@ states of a block are used while they are in the processor's cache, and those of
 only.
 """
 
-import dataclasses
-from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
+from moe_jax.blocks import Blocks, Place, Window, blocks_of_equal_groups, blocks_of_groups
+
 # Of the two halves of a feed-forward; a block's are those of one group, elsewhere there is an axis of groups in front.
 Weights = tuple[Any, Any]
-
-# Blocks are one to LENGTHS steps long, and each length is code of its own. A step is a sixteenth of the mean group, but
-# within these bounds: products of fewer rows are no faster, and hidden states of more leave the processor's cache.
-LENGTHS = 20
-SHORTEST_STEP, LONGEST_STEP = 8, 32
 
 
 class Grouping(Protocol):
@@ -100,9 +95,8 @@ class SortedGroups:
         return jnp.where(self.used_s1, vectors.at[self.group_s].get(indices_are_sorted=True), 0)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def by_group(layers: TwoLayers, weights: Weights, rows: jax.Array, sizes_e: jax.Array | None) -> jax.Array:
-    """Each row through the feed-forward of its group.
+    """Each row through the feed-forward of its group. Can be differentiated once, in reverse.
 
     Args:
       layers: the feed-forward. Static.
@@ -111,9 +105,25 @@ def by_group(layers: TwoLayers, weights: Weights, rows: jax.Array, sizes_e: jax.
       sizes_e: (E,) int32, rows per group where they are sorted, else None. Their sum may be less than S.
 
     Returns:
-      The shape of `rows`. Rows beyond the last group are undefined, here and in the gradient with respect to `rows`;
-      whatever they hold, nothing else depends on it.
+      The shape and dtype of `rows`. Rows beyond the last group are undefined, here and in the gradient with respect to
+      `rows`; whatever they hold, nothing else depends on it.
     """
+    if rows.size == 0:
+        return rows
+    arguments = weights, rows, sizes_e
+    # Under `jax.shard_map`, all are made to differ between the same devices: a sum of gradients over devices is then
+    # taken here, once, and not in each block, of which devices have different numbers.
+    axes = frozenset().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(arguments)))
+
+    def varying(leaf: jax.Array) -> jax.Array:
+        missing = tuple(axes - jax.typeof(leaf).manual_axis_type.varying)
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return _by_group(layers, *jax.tree.map(varying, arguments))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _by_group(layers: TwoLayers, weights: Weights, rows: jax.Array, sizes_e: jax.Array | None) -> jax.Array:
     return jax.lax.platform_dependent(
         weights, rows, sizes_e, cpu=partial(outputs_in_blocks, layers), default=partial(outputs_at_once, layers)
     )
@@ -135,7 +145,7 @@ def _backward(layers: TwoLayers, saved: tuple[Any, ...], outputs_bar: jax.Array)
     return weights_bar, rows_bar, None
 
 
-by_group.defvjp(_forward, _backward)
+_by_group.defvjp(_forward, _backward)
 
 
 def outputs_at_once(layers: TwoLayers, weights: Weights, rows: jax.Array, sizes_e: jax.Array | None) -> jax.Array:
@@ -168,7 +178,7 @@ def _grouping(rows: jax.Array, sizes_e: jax.Array | None) -> Grouping:
 
 def _both(layers: TwoLayers, grouping: Grouping, weights: Weights, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
     hidden = layers.hidden(grouping, weights[0], rows)
-    return hidden, layers.output(grouping, weights[1], hidden)
+    return hidden, layers.output(grouping, weights[1], hidden).astype(rows.dtype)
 
 
 def _gradients(
@@ -179,106 +189,23 @@ def _gradients(
     hidden: jax.Array,
     outputs_bar: jax.Array,
 ) -> tuple[Weights, jax.Array]:
-    second_bar, hidden_bar = jax.vjp(partial(layers.output, grouping), weights[1], hidden)[1](outputs_bar)
+    outputs, pull = jax.vjp(partial(layers.output, grouping), weights[1], hidden)
+    second_bar, hidden_bar = pull(outputs_bar.astype(outputs.dtype))
     first_bar, rows_bar = jax.vjp(partial(layers.hidden, grouping), weights[0], rows)[1](hidden_bar)
     return (first_bar, second_bar), rows_bar
-
-
-class Window(NamedTuple):
-    """The rows of a block: `length` from `at` on, those of `inside_l1` its own (None: all)."""
-
-    at: jax.Array
-    length: int
-    inside_l1: jax.Array | None
-
-    def read(self, rows_sd: jax.Array) -> jax.Array:
-        """(L, D), zero where a row is not the block's own: it may hold anything, and 0 * NaN is not 0."""
-        rows_ld = jax.lax.dynamic_slice_in_dim(rows_sd, self.at, self.length)
-        return rows_ld if self.inside_l1 is None else jnp.where(self.inside_l1, rows_ld, 0)
-
-    def write(self, rows_sd: jax.Array, new_ld: jax.Array) -> jax.Array:
-        """All rows, with new ones where they are the block's own."""
-        if self.inside_l1 is not None:
-            old_ld = jax.lax.dynamic_slice_in_dim(rows_sd, self.at, self.length)
-            new_ld = jnp.where(self.inside_l1, new_ld, old_ld)
-        return jax.lax.dynamic_update_slice_in_dim(rows_sd, new_ld, self.at, axis=0)
-
-
-class Place(NamedTuple):
-    """A group's first row, and how many it has."""
-
-    start: jax.Array
-    size: jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-    """How groups are cut: into as many of the longest blocks as fit, and before them one that takes the rest.
-
-    Attributes:
-      num_rows: S.
-      lengths: that blocks have, ascending, none longer than S.
-      exact: whether one length divides every group.
-    """
-
-    num_rows: int
-    lengths: tuple[int, ...]
-    exact: bool = False
-
-    def each(
-        self,
-        place: Place,
-        block: Callable[[Window, bool, Any], Any],
-        carry: Any,
-        *,
-        empty_too: bool = False,
-    ) -> Any:
-        """`block(window, first, carry)` for the blocks of a group, `first` and static for one of them.
-
-        With `empty_too`, an empty group has a block with no row of its own.
-        """
-        longest = self.lengths[-1]
-        whole = jnp.maximum(place.size - 1, 0) // longest
-        rest = place.size - whole * longest
-
-        def first_block(i: jax.Array, carry: Any, length: int) -> Any:
-            # `i` is 0, but XLA is not to know: it would compute what does not depend on it whether there is a block
-            # or not.
-            at = jnp.minimum(place.start + i, self.num_rows - length)
-            row_l = at + jnp.arange(length)
-            inside_l1 = ((row_l >= place.start) & (row_l < place.start + rest))[:, None]
-            return block(Window(at, length, None if self.exact else inside_l1), True, carry)
-
-        # Loops of one step or none: a conditional would copy what it carries.
-        shorter = -1 if empty_too else 0
-        for length in self.lengths:
-            there = ((rest > shorter) & (rest <= length)).astype(jnp.int32)
-            carry = jax.lax.fori_loop(0, there, partial(first_block, length=length), carry)
-            shorter = length
-
-        def further_block(i: jax.Array, carry: Any) -> Any:
-            return block(Window(place.start + rest + i * longest, longest, None), False, carry)
-
-        return jax.lax.fori_loop(0, whole, further_block, carry)
 
 
 def _cut(weights: Weights, rows: jax.Array, sizes_e: jax.Array | None) -> tuple[Blocks, jax.Array, Place]:
     """Blocks, (S, D) rows, and the place of each group."""
     num_groups = len(jax.tree.leaves(weights)[0])
     rows_sd = rows.reshape(-1, rows.shape[-1])
-    num_rows = len(rows_sd)
-    if sizes_e is None:
-        size = rows.shape[1]
-        length = -(-size // -(-size // (LENGTHS * LONGEST_STEP)))
-        blocks = Blocks(num_rows, (length,), exact=size % length == 0)
-        # Sizes that XLA does not know: of a single block it would make a part of the loop over groups, where it copies
-        # the second half's weights while it multiplies by the first's, a third slower.
-        sizes_e = jax.lax.optimization_barrier(jnp.full(num_groups, size, jnp.int32))
-    else:
-        step = -(-num_rows // (16 * num_groups * SHORTEST_STEP)) * SHORTEST_STEP
-        step = min(max(step, SHORTEST_STEP), LONGEST_STEP)
-        blocks = Blocks(num_rows, tuple(sorted({min(step * i, num_rows) for i in range(1, LENGTHS + 1)})))
-    return blocks, rows_sd, Place(jnp.cumsum(sizes_e) - sizes_e, sizes_e)
+    if sizes_e is not None:
+        return blocks_of_groups(num_groups, len(rows_sd)), rows_sd, Place(jnp.cumsum(sizes_e) - sizes_e, sizes_e)
+    size = rows.shape[1]
+    # Sizes that XLA does not know: of a single block it would make a part of the loop over groups, where it copies the
+    # second half's weights while it multiplies by the first's, a third slower.
+    size_e = jax.lax.optimization_barrier(jnp.full(num_groups, size, jnp.int32))
+    return blocks_of_equal_groups(num_groups, size), rows_sd, Place(jnp.arange(num_groups) * size, size_e)
 
 
 def outputs_in_blocks(layers: TwoLayers, weights: Weights, rows: jax.Array, sizes_e: jax.Array | None) -> jax.Array:
@@ -314,11 +241,11 @@ def both_in_blocks(
         return blocks.each(place, block, both), None
 
     first_group = jax.tree.map(lambda weight: weight[0], weights[0])
-    hidden_dim = jax.eval_shape(partial(layers.hidden, OneGroup()), first_group, rows_sd).shape[1]
+    hidden = jax.eval_shape(partial(layers.hidden, OneGroup()), first_group, rows_sd)
     # Zeros like the rows: on a mesh they are another device's own, and so must a loop's start be.
-    start = jnp.zeros_like(rows_sd, shape=(len(rows_sd), hidden_dim)), jnp.zeros_like(rows_sd)
+    start = jnp.zeros_like(rows_sd, hidden.dtype, shape=hidden.shape), jnp.zeros_like(rows_sd)
     (hidden_sf, outputs_sd), _ = jax.lax.scan(group, start, (weights, places))
-    return hidden_sf.reshape(*rows.shape[:-1], hidden_dim), outputs_sd.reshape(rows.shape)
+    return hidden_sf.reshape(*rows.shape[:-1], -1), outputs_sd.reshape(rows.shape)
 
 
 def gradients_in_blocks(
@@ -341,12 +268,12 @@ def gradients_in_blocks(
             bar_sd, sums = carry
             operands = (window.read(x) for x in (rows_sd, hidden_sf, bar_sd))
             summands, rows_bar_ld = _gradients(layers, OneGroup(), weights, *operands)
-            sums = jax.tree.map(lambda sum, new: new.astype(sum.dtype) if first else sum + new, sums, summands)
+            sums = jax.tree.map(lambda total, new: new.astype(total.dtype) if first else total + new, sums, summands)
             return window.write(bar_sd, rows_bar_ld), sums
 
         # The first block sets the sums, so that a group need not begin with zeros.
         bar_sd, sums = blocks.each(place, block, carry, empty_too=True)
-        return (bar_sd, sums), jax.tree.map(lambda sum, weight: sum.astype(weight.dtype), sums, weights)
+        return (bar_sd, sums), jax.tree.map(lambda total, weight: total.astype(weight.dtype), sums, weights)
 
     sums = jax.tree.map(lambda x: jnp.zeros_like(x[0], jnp.promote_types(x.dtype, jnp.float32)), weights)
     start = outputs_bar.reshape(rows_sd.shape), sums

@@ -40,7 +40,7 @@ def test_sections_are_measured_and_added_to_the_file(tmp_path):
     assert report["experts"]["config"]["repeats"] == 2
 
 
-def test_meshes_are_read_from_the_compiled_programs(tmp_path):
+def test_meshes_are_read_from_their_programs(tmp_path):
     report = benchmark_moe.main(dataclasses.replace(tiny(tmp_path, "dense"), mesh=("1x1", "1x2", "2x2"), shape=(1, 32)))
     assert list(report) == ["mesh"]
     alone, rows = report["mesh"]["rows"][:2], report["mesh"]["rows"][2:]

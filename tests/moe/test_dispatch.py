@@ -12,10 +12,11 @@ from flax import nnx
 
 import moe_jax.experts
 from moe_jax import Experts, Routing, grouped, mixture, token_groups
+from moe_jax.blocks import Blocks, blocks_of_equal_groups, blocks_of_groups
 from moe_jax.dispatch import Dispatch, dispatch_weight, layout, sorted_rows
 from moe_jax.experts import GEGLU, InWeights, OutWeights, gelu
-from moe_jax.grouped import LENGTHS, LONGEST_STEP, OneGroup, by_group
-from tests.moe.meshes import QUICK
+from moe_jax.grouped import OneGroup, by_group
+from tests.moe.meshes import QUICK, mesh_of
 from tests.moe.support import assert_trees_close, assign_slots, choice, hidden_states
 
 TOKENS, EXPERTS, DIM = 24, 4, 6
@@ -232,20 +233,21 @@ def assert_close(got: Any, wanted: Any) -> None:
         (300, [5, 0, 31, 33]),
         (300, [0, 0, 0, 0]),
         (300, [0, 0, 300, 0]),
-        (300, [64, 1, 128, 107]),
-        (1500, [641, 0, 640, 97]),
+        (300, [160, 1, 139, 0]),
+        (300, [0, 139, 0, 161]),
         (3, [2, 0, 0, 1]),
     ],
 )
 def test_groups_in_blocks(rows: int, sizes: list[int]):
-    """Sizes around the lengths of blocks, empty groups, no row at all, tails."""
-    assert LENGTHS * LONGEST_STEP == 640
+    """Sizes around the longest block, empty groups, no row at all, tails."""
+    assert blocks_of_groups(4, 300).lengths[-1] == 160
     assert_close(*in_blocks_and_by_rows(hidden_states(rows, 5), hidden_states(rows, 5, seed=3), jnp.asarray(sizes)))
 
 
-@pytest.mark.parametrize("size", [3, 641])
+@pytest.mark.parametrize("size", [3, 641, 642])
 def test_groups_of_one_size(size: int):
-    """In one block each, and in two that do not divide them."""
+    """In one block each, in two that do not divide them, and in two that do."""
+    assert blocks_of_equal_groups(4, size) == Blocks(4 * size, (3,) if size == 3 else (321,), exact=size != 641)
     rows_sd, bar_sd = hidden_states(4 * size, 5), hidden_states(4 * size, 5, seed=3)
 
     def equal(weights: Any, rows_sd: jax.Array) -> jax.Array:
@@ -279,9 +281,40 @@ def test_what_accelerators_compute(sizes: list[int] | None):
     assert_close(got, answers(partial(row_by_row, group_s=group_s), rows_sd[:used], bar_sd[:used]))
 
 
-def test_memory_of_a_forward_is_that_of_one_block_of_hidden_states():
-    """However many experts and rows there are, and nothing is computed for an expert without rows."""
-    dim, hidden, rows = 16, 64, 4096
+def test_no_rows_at_all():
+    def total(weights: Any, rows: jax.Array, sizes_e: jax.Array | None) -> jax.Array:
+        return jnp.sum(by_group(LAYERS, weights, rows, sizes_e))
+
+    for rows, sizes_e in ((jnp.zeros((4, 0, 5)), None), (jnp.zeros((0, 5)), jnp.zeros(4, jnp.int32))):
+        value, gradient = jax.value_and_grad(total)(weights(), rows, sizes_e)
+        assert value == 0
+        assert not any(leaf.any() for leaf in jax.tree.leaves(gradient))
+
+
+def test_weights_that_devices_share_in_a_shard_map_of_ones_own():
+    """Devices with groups of different sizes, which the weights' gradient is summed over, once."""
+    mesh = mesh_of(2, 1)
+    rows_sd, sizes_e = hidden_states(40, 5), jnp.asarray([20, 0, 0, 0, 1, 2, 3, 4])
+
+    def loss(weights: Any, rows_sd: jax.Array, sizes_e: jax.Array) -> jax.Array:
+        used_s1 = (jnp.arange(len(rows_sd)) < sizes_e.sum())[:, None]
+        return jnp.sum(jnp.where(used_s1, by_group(LAYERS, weights, rows_sd, sizes_e), 0) ** 2)
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=(jax.P(), jax.P("data"), jax.P("data")), out_specs=jax.P())
+    def over_devices(weights: Any, rows_sd: jax.Array, sizes_e: jax.Array) -> jax.Array:
+        return jax.lax.psum(loss(weights, rows_sd, sizes_e), "data")
+
+    def one_by_one(weights: Any, rows_sd: jax.Array, sizes_e: jax.Array) -> jax.Array:
+        return loss(weights, rows_sd[:20], sizes_e[:4]) + loss(weights, rows_sd[20:], sizes_e[4:])
+
+    got, wanted = (jax.jit(jax.grad(f))(weights(), rows_sd, sizes_e) for f in (over_devices, one_by_one))
+    assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("rows", [4096, 16384])
+def test_memory_of_a_forward_is_that_of_few_blocks_of_hidden_states(rows: int):
+    """However many experts and rows there are: weights of one expert, rows, and less than two blocks."""
+    dim, hidden = 16, 64
 
     def scratch(num_experts: int) -> int:
         first = InWeights(jnp.ones((num_experts, dim, 2 * hidden)), None)
@@ -292,7 +325,8 @@ def test_memory_of_a_forward_is_that_of_one_block_of_hidden_states():
         assert memory is not None
         return memory.temp_size_in_bytes
 
-    block = LENGTHS * LONGEST_STEP * (3 * hidden + 2 * dim) * 4
-    all_rows = rows * dim * 4
-    assert scratch(2) < all_rows + 2 * block < rows * 2 * hidden * 4
-    assert scratch(64) < all_rows + block
+    all_rows, hidden_states_of_all = rows * dim * 4, rows * 2 * hidden * 4
+    for num_experts in (2, 64):
+        block = blocks_of_groups(num_experts, rows).lengths[-1] * (3 * hidden + 2 * dim) * 4
+        expert = 3 * dim * hidden * 4
+        assert scratch(num_experts) < all_rows + 2 * block + expert < all_rows + hidden_states_of_all

@@ -1,0 +1,112 @@
+"""Groups of rows cut into blocks, for loops over them on a CPU (see `moe_jax.grouped`)."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# Where groups differ, blocks are one to LENGTHS steps long, and each length is code of its own. A step is a sixteenth
+# of the mean group, but within these bounds: products of fewer rows are no faster, and hidden states of more than
+# LENGTHS * LONGEST_STEP rows leave the processor's cache.
+LENGTHS = 20
+SHORTEST_STEP, LONGEST_STEP = 8, 32
+
+
+class Window(NamedTuple):
+    """The rows of a block: `length` from `at` on, those of `inside_l1` its own (None: all)."""
+
+    at: jax.Array
+    length: int
+    inside_l1: jax.Array | None
+
+    def read(self, rows_sd: jax.Array) -> jax.Array:
+        """(L, D), zero where a row is not the block's own: it may hold anything, and 0 * NaN is not 0."""
+        rows_ld = jax.lax.dynamic_slice_in_dim(rows_sd, self.at, self.length)
+        return rows_ld if self.inside_l1 is None else jnp.where(self.inside_l1, rows_ld, 0)
+
+    def write(self, rows_sd: jax.Array, new_ld: jax.Array) -> jax.Array:
+        """All rows, with new ones where they are the block's own."""
+        if self.inside_l1 is not None:
+            old_ld = jax.lax.dynamic_slice_in_dim(rows_sd, self.at, self.length)
+            new_ld = jnp.where(self.inside_l1, new_ld, old_ld)
+        return jax.lax.dynamic_update_slice_in_dim(rows_sd, new_ld, self.at, axis=0)
+
+
+class Place(NamedTuple):
+    """A group's first row, and how many it has."""
+
+    start: jax.Array
+    size: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """How groups are cut: into as many of the longest blocks as fit, and before them one that takes the rest.
+
+    Attributes:
+      num_rows: S.
+      lengths: that blocks have, ascending, none longer than S.
+      exact: whether one length divides every group.
+    """
+
+    num_rows: int
+    lengths: tuple[int, ...]
+    exact: bool = False
+
+    def each(
+        self,
+        place: Place,
+        block: Callable[[Window, bool, Any], Any],
+        carry: Any,
+        *,
+        empty_too: bool = False,
+    ) -> Any:
+        """`block(window, first, carry)` for the blocks of a group, one after the other.
+
+        Args:
+          place: the group's.
+          block: gives the next carry. `first` is a static bool, true for the block that takes the rest, which is the
+            first and may be the only one.
+          carry: what the first block gets.
+          empty_too: whether an empty group has a block as well, with no row of its own.
+        """
+        longest = self.lengths[-1]
+        whole = jnp.maximum(place.size - 1, 0) // longest
+        rest = place.size - whole * longest
+
+        def first_block(i: jax.Array, carry: Any, length: int) -> Any:
+            # `i` is 0, but XLA is not to know: it would compute what does not depend on it whether there is a block
+            # or not.
+            at = jnp.minimum(place.start + i, self.num_rows - length)
+            row_l = at + jnp.arange(length)
+            inside_l1 = ((row_l >= place.start) & (row_l < place.start + rest))[:, None]
+            return block(Window(at, length, None if self.exact else inside_l1), True, carry)
+
+        # Loops of one step or none: a conditional would copy what it carries.
+        shorter = -1 if empty_too else 0
+        for length in self.lengths:
+            there = ((rest > shorter) & (rest <= length)).astype(jnp.int32)
+            carry = jax.lax.fori_loop(0, there, partial(first_block, length=length), carry)
+            shorter = length
+
+        def further_block(i: jax.Array, carry: Any) -> Any:
+            return block(Window(place.start + rest + i * longest, longest, None), False, carry)
+
+        return jax.lax.fori_loop(0, whole, further_block, carry)
+
+
+def blocks_of_groups(num_groups: int, num_rows: int) -> Blocks:
+    """For groups of any size among S rows: lengths close enough for few rows to be computed in vain."""
+    step = -(-num_rows // (16 * num_groups * SHORTEST_STEP)) * SHORTEST_STEP
+    step = min(max(step, SHORTEST_STEP), LONGEST_STEP)
+    return Blocks(num_rows, tuple(sorted({min(step * i, num_rows) for i in range(1, LENGTHS + 1)})))
+
+
+def blocks_of_equal_groups(num_groups: int, size: int) -> Blocks:
+    """For groups of one size: as few blocks as may be, all of one length."""
+    num_blocks = -(-size // (LENGTHS * LONGEST_STEP))
+    length = -(-size // num_blocks)
+    return Blocks(num_groups * size, (length,), exact=size % length == 0)
