@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.grouped import Grouping, OneGroup, by_group
+from moe_jax.grouped import Grouping, OneGroup, Weights, by_group
 from moe_jax.routing import one_of
 
 Init = Literal["paper", "original"]
@@ -21,14 +21,14 @@ def gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=False)
 
 
-class InWeights(NamedTuple):
+class HiddenWeights(NamedTuple):
     """Of the first half: (D, 2F) and (2F,), or with an axis of experts in front."""
 
     w_in: jax.Array
     b_in: jax.Array | None
 
 
-class OutWeights(NamedTuple):
+class OutputWeights(NamedTuple):
     """Of the second half: (F,), (F, D) and (D,), or with an axis of experts in front."""
 
     mult_bias: jax.Array | None
@@ -42,12 +42,12 @@ class GEGLU:
 
     activation: Activation
 
-    def hidden(self, grouping: Grouping, weights: InWeights, rows: jax.Array) -> jax.Array:
+    def hidden(self, grouping: Grouping, weights: HiddenWeights, rows: jax.Array) -> jax.Array:
         """(..., D) to (..., 2F), values then gates."""
         hidden = grouping.product(rows, weights.w_in)
         return hidden if weights.b_in is None else hidden + grouping.each(weights.b_in)
 
-    def output(self, grouping: Grouping, weights: OutWeights, hidden: jax.Array) -> jax.Array:
+    def output(self, grouping: Grouping, weights: OutputWeights, hidden: jax.Array) -> jax.Array:
         """(..., 2F) to (..., D)."""
         values, gates = jnp.split(hidden, 2, axis=-1)
         gated = values * self.activation(gates)
@@ -64,14 +64,16 @@ def weights_by_half(
     mult_bias: nnx.Param | None,
     w_out: nnx.Param,
     b_out: nnx.Param | None,
-) -> tuple[InWeights, OutWeights]:
+) -> Weights:
     """Parameters by half, in the dtype to compute in."""
 
     def cast(param: nnx.Param | None) -> jax.Array | None:
         return None if param is None else param[...].astype(dtype)
 
-    first = InWeights(w_in[...].astype(dtype), cast(b_in))
-    return first, OutWeights(cast(mult_bias), w_out[...].astype(dtype), cast(b_out))
+    return Weights(
+        hidden=HiddenWeights(w_in[...].astype(dtype), cast(b_in)),
+        output=OutputWeights(cast(mult_bias), w_out[...].astype(dtype), cast(b_out)),
+    )
 
 
 class FeedForward(nnx.Module):
@@ -127,8 +129,8 @@ class FeedForward(nnx.Module):
         """(..., D) to (..., D)."""
         weights = weights_by_half(x.dtype, self.w_in_df, self.b_in_f, self.mult_bias_f, self.w_out_fd, self.b_out_d)
         layers, one = GEGLU(self.activation), OneGroup()
-        hidden_tf = layers.hidden(one, weights[0], x.reshape(-1, x.shape[-1]))
-        return layers.output(one, weights[1], hidden_tf).reshape(x.shape)
+        hidden_tf = layers.hidden(one, weights.hidden, x.reshape(-1, x.shape[-1]))
+        return layers.output(one, weights.output, hidden_tf).reshape(x.shape)
 
 
 class Experts(nnx.Module):
@@ -176,7 +178,7 @@ class Experts(nnx.Module):
         """Rows sorted by expert, `sizes_e` each: (S, D) to (S, D). Rows beyond the last expert's are undefined."""
         return by_group(GEGLU(self.activation), self._weights(x_sd.dtype), x_sd, sizes_e)
 
-    def _weights(self, dtype: jnp.dtype) -> tuple[InWeights, OutWeights]:
+    def _weights(self, dtype: jnp.dtype) -> Weights:
         return weights_by_half(dtype, self.w_in_edf, self.b_in_ef, self.mult_bias_ef, self.w_out_efd, self.b_out_ed)
 
 

@@ -16,15 +16,27 @@ only.
 """
 
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax.blocks import Blocks, Place, Window, blocks_of_equal_groups, blocks_of_groups
 
-# Of the two halves of a feed-forward; a block's are those of one group, elsewhere there is an axis of groups in front.
-Weights = tuple[Any, Any]
+
+class Weights(NamedTuple):
+    """Of the two halves of a feed-forward: of one group, or of all with an axis of groups in front."""
+
+    hidden: Any
+    output: Any
+
+
+class Operands(NamedTuple):
+    """What is computed from, as in `by_group`."""
+
+    weights: Weights
+    rows: jax.Array
+    sizes_e: jax.Array | None
 
 
 class Grouping(Protocol):
@@ -109,76 +121,68 @@ def by_group(layers: TwoLayers, weights: Weights, rows: jax.Array, sizes_e: jax.
       `rows`; whatever they hold, nothing else depends on it.
     """
     if rows.size == 0:
+        # No block is so short.
         return rows
-    arguments = weights, rows, sizes_e
+    operands = Operands(weights, rows, sizes_e)
     # Under `jax.shard_map`, all are made to differ between the same devices: a sum of gradients over devices is then
     # taken here, once, and not in each block, of which devices have different numbers.
-    axes = frozenset().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(arguments)))
+    axes = frozenset().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(operands)))
 
     def varying(leaf: jax.Array) -> jax.Array:
         missing = tuple(axes - jax.typeof(leaf).manual_axis_type.varying)
         return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
 
-    return _by_group(layers, *jax.tree.map(varying, arguments))
+    return _by_group(layers, jax.tree.map(varying, operands))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _by_group(layers: TwoLayers, weights: Weights, rows: jax.Array, sizes_e: jax.Array | None) -> jax.Array:
+def _by_group(layers: TwoLayers, operands: Operands) -> jax.Array:
     return jax.lax.platform_dependent(
-        weights, rows, sizes_e, cpu=partial(outputs_in_blocks, layers), default=partial(outputs_at_once, layers)
+        operands, cpu=partial(outputs_in_blocks, layers), default=partial(outputs_at_once, layers)
     )
 
 
-def _forward(
-    layers: TwoLayers, weights: Weights, rows: jax.Array, sizes_e: jax.Array | None
-) -> tuple[jax.Array, tuple[Any, ...]]:
+def _forward(layers: TwoLayers, operands: Operands) -> tuple[jax.Array, tuple[Operands, jax.Array]]:
     hidden, outputs = jax.lax.platform_dependent(
-        weights, rows, sizes_e, cpu=partial(both_in_blocks, layers), default=partial(both_at_once, layers)
+        operands, cpu=partial(both_in_blocks, layers), default=partial(both_at_once, layers)
     )
-    return outputs, (weights, rows, sizes_e, hidden)
+    return outputs, (operands, hidden)
 
 
-def _backward(layers: TwoLayers, saved: tuple[Any, ...], outputs_bar: jax.Array) -> tuple[Weights, jax.Array, None]:
+def _backward(layers: TwoLayers, saved: tuple[Operands, jax.Array], outputs_bar: jax.Array) -> tuple[Operands]:
     weights_bar, rows_bar = jax.lax.platform_dependent(
         *saved, outputs_bar, cpu=partial(gradients_in_blocks, layers), default=partial(gradients_at_once, layers)
     )
-    return weights_bar, rows_bar, None
+    return (Operands(weights_bar, rows_bar, None),)
 
 
 _by_group.defvjp(_forward, _backward)
 
 
-def outputs_at_once(layers: TwoLayers, weights: Weights, rows: jax.Array, sizes_e: jax.Array | None) -> jax.Array:
+def outputs_at_once(layers: TwoLayers, operands: Operands) -> jax.Array:
     """The outputs, where an accelerator computes them."""
-    return both_at_once(layers, weights, rows, sizes_e)[1]
+    return both_at_once(layers, operands)[1]
 
 
-def both_at_once(
-    layers: TwoLayers, weights: Weights, rows: jax.Array, sizes_e: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
+def both_at_once(layers: TwoLayers, operands: Operands) -> tuple[jax.Array, jax.Array]:
     """Hidden states and outputs, where an accelerator computes them."""
-    return _both(layers, _grouping(rows, sizes_e), weights, rows)
+    return _both(layers, _grouping(operands), operands.weights, operands.rows)
 
 
 def gradients_at_once(
-    layers: TwoLayers,
-    weights: Weights,
-    rows: jax.Array,
-    sizes_e: jax.Array | None,
-    hidden: jax.Array,
-    outputs_bar: jax.Array,
+    layers: TwoLayers, operands: Operands, hidden: jax.Array, outputs_bar: jax.Array
 ) -> tuple[Weights, jax.Array]:
     """The gradients of weights and rows, where an accelerator computes them."""
-    return _gradients(layers, _grouping(rows, sizes_e), weights, rows, hidden, outputs_bar)
+    return _gradients(layers, _grouping(operands), operands.weights, operands.rows, hidden, outputs_bar)
 
 
-def _grouping(rows: jax.Array, sizes_e: jax.Array | None) -> Grouping:
-    return EqualGroups() if sizes_e is None else SortedGroups(sizes_e, len(rows))
+def _grouping(operands: Operands) -> Grouping:
+    return EqualGroups() if operands.sizes_e is None else SortedGroups(operands.sizes_e, len(operands.rows))
 
 
 def _both(layers: TwoLayers, grouping: Grouping, weights: Weights, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-    hidden = layers.hidden(grouping, weights[0], rows)
-    return hidden, layers.output(grouping, weights[1], hidden).astype(rows.dtype)
+    hidden = layers.hidden(grouping, weights.hidden, rows)
+    return hidden, layers.output(grouping, weights.output, hidden).astype(rows.dtype)
 
 
 def _gradients(
@@ -189,14 +193,15 @@ def _gradients(
     hidden: jax.Array,
     outputs_bar: jax.Array,
 ) -> tuple[Weights, jax.Array]:
-    outputs, pull = jax.vjp(partial(layers.output, grouping), weights[1], hidden)
-    second_bar, hidden_bar = pull(outputs_bar.astype(outputs.dtype))
-    first_bar, rows_bar = jax.vjp(partial(layers.hidden, grouping), weights[0], rows)[1](hidden_bar)
-    return (first_bar, second_bar), rows_bar
+    outputs, pull = jax.vjp(partial(layers.output, grouping), weights.output, hidden)
+    output_weights_bar, hidden_bar = pull(outputs_bar.astype(outputs.dtype))
+    hidden_weights_bar, rows_bar = jax.vjp(partial(layers.hidden, grouping), weights.hidden, rows)[1](hidden_bar)
+    return Weights(hidden_weights_bar, output_weights_bar), rows_bar
 
 
-def _cut(weights: Weights, rows: jax.Array, sizes_e: jax.Array | None) -> tuple[Blocks, jax.Array, Place]:
+def _cut(operands: Operands) -> tuple[Blocks, jax.Array, Place]:
     """Blocks, (S, D) rows, and the place of each group."""
+    weights, rows, sizes_e = operands
     num_groups = len(jax.tree.leaves(weights)[0])
     rows_sd = rows.reshape(-1, rows.shape[-1])
     if sizes_e is not None:
@@ -208,9 +213,9 @@ def _cut(weights: Weights, rows: jax.Array, sizes_e: jax.Array | None) -> tuple[
     return blocks_of_equal_groups(num_groups, size), rows_sd, Place(jnp.arange(num_groups) * size, size_e)
 
 
-def outputs_in_blocks(layers: TwoLayers, weights: Weights, rows: jax.Array, sizes_e: jax.Array | None) -> jax.Array:
+def outputs_in_blocks(layers: TwoLayers, operands: Operands) -> jax.Array:
     """The outputs, where a CPU computes them."""
-    blocks, rows_sd, places = _cut(weights, rows, sizes_e)
+    blocks, rows_sd, places = _cut(operands)
 
     def group(outputs_sd: jax.Array, inputs: tuple[Weights, Place]) -> tuple[jax.Array, None]:
         weights, place = inputs
@@ -222,14 +227,12 @@ def outputs_in_blocks(layers: TwoLayers, weights: Weights, rows: jax.Array, size
 
         return blocks.each(place, block, outputs_sd), None
 
-    return jax.lax.scan(group, rows_sd, (weights, places))[0].reshape(rows.shape)
+    return jax.lax.scan(group, rows_sd, (operands.weights, places))[0].reshape(operands.rows.shape)
 
 
-def both_in_blocks(
-    layers: TwoLayers, weights: Weights, rows: jax.Array, sizes_e: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
+def both_in_blocks(layers: TwoLayers, operands: Operands) -> tuple[jax.Array, jax.Array]:
     """Hidden states and outputs, where a CPU computes them."""
-    blocks, rows_sd, places = _cut(weights, rows, sizes_e)
+    blocks, rows_sd, places = _cut(operands)
 
     def group(both: tuple[jax.Array, jax.Array], inputs: tuple[Weights, Place]) -> tuple[Any, None]:
         weights, place = inputs
@@ -240,24 +243,19 @@ def both_in_blocks(
 
         return blocks.each(place, block, both), None
 
-    first_group = jax.tree.map(lambda weight: weight[0], weights[0])
+    first_group = jax.tree.map(lambda weight: weight[0], operands.weights.hidden)
     hidden = jax.eval_shape(partial(layers.hidden, OneGroup()), first_group, rows_sd)
     # Zeros like the rows: on a mesh they are another device's own, and so must a loop's start be.
     start = jnp.zeros_like(rows_sd, hidden.dtype, shape=hidden.shape), jnp.zeros_like(rows_sd)
-    (hidden_sf, outputs_sd), _ = jax.lax.scan(group, start, (weights, places))
-    return hidden_sf.reshape(*rows.shape[:-1], -1), outputs_sd.reshape(rows.shape)
+    (hidden_sf, outputs_sd), _ = jax.lax.scan(group, start, (operands.weights, places))
+    return hidden_sf.reshape(*operands.rows.shape[:-1], -1), outputs_sd.reshape(operands.rows.shape)
 
 
 def gradients_in_blocks(
-    layers: TwoLayers,
-    weights: Weights,
-    rows: jax.Array,
-    sizes_e: jax.Array | None,
-    hidden: jax.Array,
-    outputs_bar: jax.Array,
+    layers: TwoLayers, operands: Operands, hidden: jax.Array, outputs_bar: jax.Array
 ) -> tuple[Weights, jax.Array]:
     """The gradients of weights and rows, where a CPU computes them."""
-    blocks, rows_sd, places = _cut(weights, rows, sizes_e)
+    blocks, rows_sd, places = _cut(operands)
     hidden_sf = hidden.reshape(-1, hidden.shape[-1])
 
     def group(carry: tuple[jax.Array, Weights], inputs: tuple[Weights, Place]) -> tuple[Any, Weights]:
@@ -266,8 +264,8 @@ def gradients_in_blocks(
         def block(window: Window, first: bool, carry: tuple[jax.Array, Weights]) -> tuple[jax.Array, Weights]:
             # Of outputs before the block, of rows after it.
             bar_sd, sums = carry
-            operands = (window.read(x) for x in (rows_sd, hidden_sf, bar_sd))
-            summands, rows_bar_ld = _gradients(layers, OneGroup(), weights, *operands)
+            of_block = (window.read(x) for x in (rows_sd, hidden_sf, bar_sd))
+            summands, rows_bar_ld = _gradients(layers, OneGroup(), weights, *of_block)
             sums = jax.tree.map(lambda total, new: new.astype(total.dtype) if first else total + new, sums, summands)
             return window.write(bar_sd, rows_bar_ld), sums
 
@@ -275,7 +273,7 @@ def gradients_in_blocks(
         bar_sd, sums = blocks.each(place, block, carry, empty_too=True)
         return (bar_sd, sums), jax.tree.map(lambda total, weight: total.astype(weight.dtype), sums, weights)
 
-    sums = jax.tree.map(lambda x: jnp.zeros_like(x[0], jnp.promote_types(x.dtype, jnp.float32)), weights)
+    sums = jax.tree.map(lambda x: jnp.zeros_like(x[0], jnp.promote_types(x.dtype, jnp.float32)), operands.weights)
     start = outputs_bar.reshape(rows_sd.shape), sums
-    (rows_bar_sd, _), weights_bar = jax.lax.scan(group, start, (weights, places))
-    return weights_bar, rows_bar_sd.reshape(rows.shape)
+    (rows_bar_sd, _), weights_bar = jax.lax.scan(group, start, (operands.weights, places))
+    return weights_bar, rows_bar_sd.reshape(operands.rows.shape)

@@ -13,8 +13,6 @@ from tests.moe.support import config, initial_layer
 
 MESHES = ((1, 1), (1, 2), (2, 1), (2, 2), (1, 3), (3, 2), (2, 4), (1, 8), (8, 1))
 BATCH, LENGTH, DIM = 3, 11, 8
-# Programs that run once are compiled without LLVM's optimiser, which would take most of the time.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def mesh_of(data: int, expert: int, names: tuple[str, str] = ("data", "expert")) -> Mesh:
@@ -76,7 +74,7 @@ def _one(case: Case) -> Results:
     return Results(out, *gradients)
 
 
-_results = jax.jit(lambda cases: [_one(case) for case in cases], compiler_options=QUICK)
+_results = jax.jit(lambda cases: [_one(case) for case in cases])
 
 
 def worst_errors(got: Results, wanted: Results) -> dict[str, float]:

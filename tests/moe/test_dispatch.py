@@ -14,9 +14,9 @@ import moe_jax.experts
 from moe_jax import Experts, Routing, grouped, mixture, token_groups
 from moe_jax.blocks import Blocks, blocks_of_equal_groups, blocks_of_groups
 from moe_jax.dispatch import Dispatch, dispatch_weight, layout, sorted_rows
-from moe_jax.experts import GEGLU, InWeights, OutWeights, gelu
-from moe_jax.grouped import OneGroup, by_group
-from tests.moe.meshes import QUICK, mesh_of
+from moe_jax.experts import GEGLU, HiddenWeights, OutputWeights, gelu
+from moe_jax.grouped import OneGroup, Operands, Weights, by_group
+from tests.moe.meshes import mesh_of
 from tests.moe.support import assert_trees_close, assign_slots, choice, hidden_states
 
 TOKENS, EXPERTS, DIM = 24, 4, 6
@@ -182,17 +182,18 @@ def test_layout_is_its_own_inverse():
 LAYERS = GEGLU(gelu)
 
 
-def weights() -> tuple[InWeights, OutWeights]:
+def weights() -> Weights:
     """Of four experts."""
     shapes = {"w_in": (4, 5, 6), "b_in": (4, 6), "mult_bias": (4, 3), "w_out": (4, 3, 5), "b_out": (4, 5)}
     made = {name: hidden_states(*shape, seed=seed) for seed, (name, shape) in enumerate(shapes.items())}
-    return InWeights(made["w_in"], made["b_in"]), OutWeights(made["mult_bias"], made["w_out"], made["b_out"])
+    output = OutputWeights(made["mult_bias"], made["w_out"], made["b_out"])
+    return Weights(HiddenWeights(made["w_in"], made["b_in"]), output)
 
 
 def row_by_row(weights: Any, rows_sd: jax.Array, group_s: jax.Array) -> jax.Array:
     def row(weights: Any, row_d: jax.Array) -> jax.Array:
-        hidden_1f = LAYERS.hidden(OneGroup(), weights[0], row_d[None])
-        return LAYERS.output(OneGroup(), weights[1], hidden_1f)[0]
+        hidden_1f = LAYERS.hidden(OneGroup(), weights.hidden, row_d[None])
+        return LAYERS.output(OneGroup(), weights.output, hidden_1f)[0]
 
     return jax.vmap(row)(jax.tree.map(lambda weight: weight[group_s], weights), rows_sd)
 
@@ -203,7 +204,7 @@ def answers(call: Callable[[Any, jax.Array], jax.Array], rows: jax.Array, bar: j
     return outputs, *pull(bar)
 
 
-@partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def in_blocks_and_by_rows(rows_sd: jax.Array, bar_sd: jax.Array, sizes_e: jax.Array) -> tuple[Any, Any]:
     """The same twice, the first time with NaN beyond the last group: answers, and outputs without a gradient."""
     used_s1 = (jnp.arange(len(rows_sd)) < sizes_e.sum())[:, None]
@@ -255,8 +256,7 @@ def test_groups_of_one_size(size: int):
 
     group_s = jnp.repeat(jnp.arange(4), size)
     got, wanted = (
-        jax.jit(partial(answers, call), compiler_options=QUICK)(rows_sd, bar_sd)
-        for call in (equal, partial(row_by_row, group_s=group_s))
+        jax.jit(partial(answers, call))(rows_sd, bar_sd) for call in (equal, partial(row_by_row, group_s=group_s))
     )
     assert_close(got, wanted)
     assert_close(equal(weights(), rows_sd), wanted[0])
@@ -271,10 +271,11 @@ def test_what_accelerators_compute(sizes: list[int] | None):
     sizes_e = None if sizes is None else jnp.asarray(sizes)
     rows, bar = (x_sd if sizes else x_sd.reshape(4, 10, 5) for x_sd in (rows_sd, bar_sd))
 
-    @partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def at_once(rows: jax.Array, bar: jax.Array) -> Any:
-        hidden, outputs = grouped.both_at_once(LAYERS, weights(), rows, sizes_e)
-        return outputs, *grouped.gradients_at_once(LAYERS, weights(), rows, sizes_e, hidden, bar)
+        operands = Operands(weights(), rows, sizes_e)
+        hidden, outputs = grouped.both_at_once(LAYERS, operands)
+        return outputs, *grouped.gradients_at_once(LAYERS, operands, hidden, bar)
 
     outputs, weights_bar, rows_bar = at_once(rows, bar)
     got = outputs.reshape(-1, 5)[:used], weights_bar, rows_bar.reshape(-1, 5)[:used]
@@ -317,10 +318,10 @@ def test_memory_of_a_forward_is_that_of_few_blocks_of_hidden_states(rows: int):
     dim, hidden = 16, 64
 
     def scratch(num_experts: int) -> int:
-        first = InWeights(jnp.ones((num_experts, dim, 2 * hidden)), None)
-        second = OutWeights(None, jnp.ones((num_experts, hidden, dim)), None)
+        of_hidden = HiddenWeights(jnp.ones((num_experts, dim, 2 * hidden)), None)
+        stacked = Weights(of_hidden, OutputWeights(None, jnp.ones((num_experts, hidden, dim)), None))
         sizes_e = jnp.full(num_experts, rows // num_experts)
-        compiled = jax.jit(partial(by_group, LAYERS)).lower((first, second), jnp.ones((rows, dim)), sizes_e).compile()
+        compiled = jax.jit(partial(by_group, LAYERS)).lower(stacked, jnp.ones((rows, dim)), sizes_e).compile()
         memory = compiled.memory_analysis()
         assert memory is not None
         return memory.temp_size_in_bytes

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from experiments.collectives import Collective, collectives
 from moe_jax import MoE, param_shardings, token_sharding
-from tests.moe.meshes import QUICK, mesh_of, on
+from tests.moe.meshes import mesh_of, on
 from tests.moe.support import ALL, config, initial_layer
 
 BATCH, LENGTH, DIM, EXPERTS, CAPACITY_FACTOR = 8, 64, 32, 8, 1.0
@@ -36,7 +36,7 @@ def compiled(shape: tuple[int, int], *, backward: bool, **options: Any) -> Any:
 
     function, results = (jax.grad(loss, argnums=(0, 1)), shardings) if backward else (forward, shardings[1])
     lowered = jax.jit(function, in_shardings=shardings, out_shardings=results).lower(moe, x)
-    return lowered.compile(compiler_options=QUICK)
+    return lowered.compile()
 
 
 def of_kind(found: Sequence[Collective], kind: str) -> list[Collective]:
@@ -109,7 +109,7 @@ def gathering_program(moe: MoE, mesh: Mesh) -> list[Collective]:
         out_shardings=everywhere,
     )
     x = jax.ShapeDtypeStruct((BATCH, LENGTH, DIM), jnp.float32)
-    return collectives(function.lower(moe, x).compile(compiler_options=QUICK).as_text() or "")
+    return collectives(function.lower(moe, x).compile().as_text() or "")
 
 
 def test_collectives_by_hand():

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 from moe_jax import MoE, SparseMoEBlock, TopN, param_shardings, token_sharding
-from tests.moe.meshes import DIM, QUICK, Case, all_on, assert_equal, mesh_of, on, results
+from tests.moe.meshes import DIM, Case, all_on, assert_equal, mesh_of, on, results
 from tests.moe.support import ALL, assert_trees_close, config, hidden_states, initial_layer
 
 LAYERS, BATCH, LENGTH = 2, 4, 6
@@ -58,7 +58,7 @@ def test_a_checkpointed_scan_of_spread_weights_under_set_mesh(fsdp: bool):
     """Nothing is said of the mesh but `jax.set_mesh` and where the arrays are."""
     blocks, x = stacked_blocks(), hidden_states(BATCH, LENGTH, DIM)
     state = OPTIMISER.init(blocks)
-    wanted = jax.jit(one_step, static_argnums=0, compiler_options=QUICK)(unrolled_loss, blocks, state, x)
+    wanted = jax.jit(one_step, static_argnums=0)(unrolled_loss, blocks, state, x)
     mesh = mesh_of(2, 2)
     shardings = (
         param_shardings(blocks, mesh, fsdp=fsdp),
@@ -68,7 +68,6 @@ def test_a_checkpointed_scan_of_spread_weights_under_set_mesh(fsdp: bool):
     step = jax.jit(
         one_step,
         static_argnums=0,
-        compiler_options=QUICK,
         out_shardings=(None, shardings[0], shardings[2], shardings[1]),
     )
     with jax.set_mesh(mesh):
@@ -104,7 +103,7 @@ def test_axes_of_other_names_and_other_axes():
 def test_one_axis_is_enough(axis: str):
     mesh = jax.make_mesh((4,), (axis,), axis_types=(AxisType.Auto,))
     moe, x = initial_layer(config(**OPTIONS)), hidden_states(3, 5, DIM)
-    call = jax.jit(lambda moe, x: moe(x, train=True).outputs, compiler_options=QUICK)
+    call = jax.jit(lambda moe, x: moe(x, train=True).outputs)
     np.testing.assert_allclose(call(on(mesh, moe), x), call(moe, x), atol=1e-5)
 
 
@@ -112,7 +111,7 @@ def test_routing_noise_does_not_depend_on_the_mesh():
     """Random second choices, Gumbel noise and jitter, with one key: the same experts for every token."""
     noisy = config(**(OPTIONS | {"router": TopN(), "gumbel_noise": 1.0, "input_jitter": 0.2}))
     moe, x = initial_layer(noisy), hidden_states(3, 5, DIM)
-    call = jax.jit(lambda moe, x, key: moe(x, train=True, key=key), compiler_options=QUICK)
+    call = jax.jit(lambda moe, x, key: moe(x, train=True, key=key))
     alone = call(moe, x, jax.random.key(0))
     other = call(moe, x, jax.random.key(1))
     assert_trees_close(call(on(mesh_of(3, 2), moe), x, jax.random.key(0)), alone, relative=1e-5)
