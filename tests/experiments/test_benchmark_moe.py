@@ -78,6 +78,9 @@ def touches(megabytes):
 
 
 def test_peak_memory_is_what_the_call_touches():
-    """Memory that is freed before the call returns counts too; a call that needs none adds next to none."""
+    """Memory that is freed before the call returns counts too; a call that needs none adds next to none.
+
+    The kernel adds up a process's pages in batches per core, so what it says may be some hundred KiB off.
+    """
     assert peak_memory(touches, 1) < 10 * 2**20
-    assert 64 * 2**20 <= peak_memory(touches, 64) < 80 * 2**20
+    assert 63 * 2**20 <= peak_memory(touches, 64) < 80 * 2**20
