@@ -7,19 +7,31 @@ right code some cell fails in about one of a hundred choices of keys, and the ke
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import zlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments.expert_decoder import ExpertsConfig
-from spec_jax import Decoder, DecoderConfig, Sampling, SmallModel, speculative_decoding
+from spec_jax import Decoder, DecoderConfig, DecodeResult, Sampling, SmallModel, Verification, loop
 from tests.experiments.experts import dense_draft, sparse_decoder
-from tests.spec.law_cells import FILTERS, NEW_TOKENS, PROMPT_LENGTHS, PROMPTS, SEQUENCES, VOCAB, Cell, tally
+from tests.spec.law_cells import (
+    FILTERS,
+    NEW_TOKENS,
+    PROMPT_LENGTHS,
+    PROMPT_WIDTH,
+    PROMPTS,
+    SEQUENCES,
+    VOCAB,
+    Cell,
+    tally,
+)
 from tests.spec.reference import Filters, Fit, fit, sequence_law
 from tests.spec.strategies import all_logits
 
@@ -39,23 +51,40 @@ def target(**changes: Any) -> Decoder:
 def drawn(model: Decoder, rule: str, filters: Filters, eos_id: int | None) -> Cell:
     """200,000 sequences: 2,000 rows under each of 100 keys, every prompt 125 times."""
     drafter = SmallModel(dense_draft(CONFIG, EXPERTS, head_scale=1.5), gamma=GAMMA)
-    results = [
-        speculative_decoding(
+    keys = jax.random.split(jax.random.key(zlib.crc32(f"{rule} {filters}".encode())), SEQUENCES // ROWS)
+    result = decode(model, drafter, request_of(keys[0], rule, filters, eos_id), keys)
+    return tally(jax.tree.map(lambda x: x.reshape(-1, len(PROMPTS), *x.shape[2:]), result))
+
+
+def request_of(key: jax.Array, rule: str, filters: Filters, eos_id: int | None) -> loop.Request:
+    return loop.Request(
+        key=key,
+        row_ids_b=jnp.arange(ROWS, dtype=jnp.uint32),
+        sampling=Sampling(temperature=filters.temperature, top_p=filters.top_p).checked(),
+        lenience=jnp.float32(1),
+        eos_id=jnp.int32(-1 if eos_id is None else eos_id),
+        pad_id=jnp.int32(VOCAB),
+        max_new_tokens=jnp.int32(NEW_TOKENS),
+        verification=Verification(rule),
+    )
+
+
+@jax.jit
+def decode(model: Decoder, drafter: SmallModel, request: loop.Request, keys: jax.Array) -> DecodeResult:
+    """One result after the other. Without the public function, which makes room for prompts of 64 tokens."""
+
+    def one_key(key: jax.Array) -> DecodeResult:
+        return loop.decode(
             model,
             drafter,
-            np.tile(PROMPTS, (COPIES, 1)),
-            max_new_tokens=NEW_TOKENS,
-            key=key,
-            prompt_length=np.tile(PROMPT_LENGTHS, COPIES),
-            sampling=Sampling(temperature=filters.temperature, top_p=filters.top_p),
-            eos_id=eos_id,
-            pad_id=VOCAB,
-            verification=rule,
+            jnp.tile(jnp.asarray(PROMPTS, jnp.int32), (COPIES, 1)),
+            jnp.tile(jnp.asarray(PROMPT_LENGTHS, jnp.int32), COPIES),
+            dataclasses.replace(request, key=key),
+            size=PROMPT_WIDTH + NEW_TOKENS + GAMMA + 1,
+            width=NEW_TOKENS,
         )
-        for key in jax.random.split(jax.random.key(zlib.crc32(f"{rule} {filters}".encode())), SEQUENCES // ROWS)
-    ]
-    together = jax.tree.map(lambda *x: np.concatenate(x), *results)
-    return tally(jax.tree.map(lambda x: x.reshape(-1, len(PROMPTS), *x.shape[1:]), together))
+
+    return jax.lax.map(one_key, keys)
 
 
 @functools.cache
