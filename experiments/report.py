@@ -20,18 +20,30 @@ from experiments.metrics import read_metrics
 from experiments.output import ACCEPTANCE_FIGURE, LOSS_FIGURE, REPORT, SPEEDUP_FIGURE
 from spec_jax.losses import bits_per_byte
 
+CPU_INFO = pathlib.Path("/proc/cpuinfo")
+
 
 def machine() -> dict[str, Any]:
     """What the measurements ran on."""
     device = jax.devices()[0]
     return {
         "device": device.device_kind,
+        "processor": _processor(),
         "devices": jax.device_count(),
         "platform": device.platform,
         "machine": platform.machine(),
         "python": platform.python_version(),
         "jax": jax.__version__,
     }
+
+
+def _processor() -> str:
+    """Its name, as far as the system tells."""
+    if CPU_INFO.exists():
+        for line in CPU_INFO.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
 
 
 def print_table(console: Console, measurements: Sequence[Measurement], *, title: str) -> None:

@@ -17,8 +17,13 @@ Activation = Callable[[jax.Array], jax.Array]
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """The exact GELU (erf, not tanh)."""
-    return jax.nn.gelu(x, approximate=False)
+    """The exact GELU, by erf as in PyTorch, in float32 at least.
+
+    `jax.nn.gelu(x, approximate=False)` goes by erfc, which keeps the last digits of values that are nearly zero; on a
+    CPU a layer and its gradient take a twentieth longer with it.
+    """
+    exact = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return (0.5 * exact * (1 + jax.lax.erf(exact * 0.5**0.5))).astype(x.dtype)
 
 
 class HiddenWeights(NamedTuple):

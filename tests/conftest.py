@@ -15,17 +15,15 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(__file__).parent.parent / ".cache" / "jax")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1"
 
 import jax
 import pytest
 
-CACHE = pathlib.Path(__file__).parent.parent / ".cache" / "jax"
-
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # On a GPU, float32 products are computed in TF32 by default, which tests of float32 equality are not about.
 jax.config.update("jax_default_matmul_precision", "highest")
-jax.config.update("jax_compilation_cache_dir", str(CACHE))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 2)
 
 # Of the memory that a process has mapped: Linux lets it have 65,530 by default.
 MAPS = pathlib.Path("/proc/self/maps")

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from moe_jax import ExpertChoice, Experts, FeedForward, MoE, MoEConfig, TopN, upcycle, updated_router_bias
-from moe_jax.experts import initial_weights
+from moe_jax.experts import gelu, initial_weights
 from tests.moe.support import apply, assert_trees_close, config, hidden_states, layer
 
 
@@ -88,6 +88,18 @@ def test_experts_by_hand_with_another_activation():
         expected.append(hidden_cf @ layer.w_out_efd[e] + layer.b_out_ed[e][None])
     np.testing.assert_allclose(layer.batched(x_ecd), np.stack(expected), atol=1e-5)
     assert [MoEConfig(dim=dim).expert_hidden for dim in (512, 32)] == [1365, 85]
+
+
+@pytest.mark.parametrize(("dtype", "relative"), [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
+def test_gelu_is_the_exact_one(dtype: jnp.dtype, relative: float):
+    """Where it is not nearly zero, in the gradient too; the one by tanh is not."""
+    x = jnp.linspace(-3, 4, 999, dtype=dtype)
+    for of in (lambda f: f(x), lambda f: jax.grad(lambda x: f(x).sum())(x)):
+        wanted = of(lambda x: jax.nn.gelu(x.astype(jnp.float32), approximate=False))
+        np.testing.assert_allclose(of(gelu), wanted, rtol=relative, atol=relative)
+        assert of(gelu).dtype == dtype
+    by_tanh = jax.nn.gelu(x.astype(jnp.float32))
+    assert float(abs(by_tanh - jax.nn.gelu(x.astype(jnp.float32), approximate=False)).max()) > 1e-4
 
 
 @pytest.mark.parametrize("bias", [True, False])
