@@ -192,7 +192,11 @@ def test_prose_and_code_are_told_apart():
 
 @pytest.mark.slow
 def test_prophets_effect_is_compared(tmp_path, monkeypatch: pytest.MonkeyPatch):
-    """A detached prophet leaves its target as it is, bit for bit; the other one does not."""
+    """A detached prophet leaves its target as it is; the other one does not.
+
+    Up to the rounding of sums, which two compiled programs may take in two orders: 6e-8 of the loss was seen.
+    test_prophet.py shows that no gradient reaches the target.
+    """
     monkeypatch.setitem(train_prophet.PRESETS, "cpu", ("tiny", prophet_config(tmp_path)))
     output = tmp_path / "effect"
     arguments = ["--output", str(output), "--seeds", "2", "--steps", "4", "--dim", "64", "--depth", "1"]
@@ -200,8 +204,8 @@ def test_prophets_effect_is_compared(tmp_path, monkeypatch: pytest.MonkeyPatch):
     curves = json.loads((output / "prophet_effect.json").read_text())["curves"]
     assert {len(runs) for runs in curves.values()} == {2}
     assert [step for step, _ in curves["prophet"][0]] == [2, 4]
-    assert curves["prophet, detached"] == curves["target alone"]
-    assert curves["prophet"][0] != curves["target alone"][0]
+    np.testing.assert_allclose(curves["prophet, detached"], curves["target alone"], rtol=1e-6)
+    assert np.abs(np.subtract(curves["prophet"], curves["target alone"])[:, -1, 1]).min() > 1e-2
     assert (output / "prophet_effect.png").exists()
 
 
