@@ -15,7 +15,10 @@ _LINE = re.compile(
     rf"= (?P<type>.*?) (?P<kind>{'|'.join(sorted(KINDS, reverse=True))})(?P<start>-start)?\((?P<rest>.*)"
 )
 _ARRAY = re.compile(r"\b(pred|bf16|f8\w*|[fsuc]\d+)\[([\d,]*)\]")
-_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\])")
+# The three ways in which HLO writes who takes part: lists of devices, their shape, or axes of a mesh (from jax 0.11).
+_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\]|mesh\[(.*?)\][^{]*\{(.*?)\})")
+_AXIS = re.compile(r"'([^']*)'=(\d+)")
+_AXIS_NAME = re.compile(r"'([^']*)'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,18 +68,25 @@ def collectives(text: str) -> list[Collective]:
             # Asynchronous: the operands are listed before the results.
             arrays = arrays[len(arrays) // 2 :]
         groups = _GROUPS.search(match["rest"])
-        devices = everyone
-        if groups:
-            devices = int(groups[2]) if groups[2] else len(groups[1].split(","))
         found.append(
             Collective(
                 kind=match["kind"],
                 dtypes=tuple(dtype for dtype, _ in arrays),
                 result_bytes=sum(_bytes(dtype, shape) for dtype, shape in arrays),
-                devices=devices,
+                devices=_devices(groups) if groups else everyone,
             )
         )
     return found
+
+
+def _devices(groups: re.Match[str]) -> int:
+    devices, size, mesh, axes = groups.groups()
+    if size is not None:
+        return int(size)
+    if mesh is None:
+        return len(devices.split(","))
+    sizes = dict(_AXIS.findall(mesh))
+    return math.prod(int(sizes[name]) for name in _AXIS_NAME.findall(axes))
 
 
 def _bytes(dtype: str, shape: str) -> int:

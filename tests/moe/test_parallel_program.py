@@ -120,6 +120,8 @@ HloModule jit_f, entry_computation_layout={}, num_partitions=4
   %r = s32[] all-reduce(%n), channel_id=3, replica_groups={}, to_apply=%add
   %s = (f32[3]{0}, f32[12]{0}) all-gather-start(%w), replica_groups={{0,1,2,3}}, dimensions={0}
   %d = f32[12]{0} all-gather-done(%s)
+  %m = f32[4,8]{1,0} all-gather(%z), channel_id=4, replica_groups=mesh['data'=2,'expert'=8] {'expert'}, dimensions={0}
+  %n = s32[] all-reduce(%n), channel_id=5, replica_groups=mesh['a'=2,'b'=8] {'a','b'}, to_apply=%add
   %fused = f32[2]{0} fusion(%a), kind=kLoop, calls=%all-to-all.clone
 """
     assert collectives(text) == [
@@ -127,5 +129,7 @@ HloModule jit_f, entry_computation_layout={}, num_partitions=4
         Collective("all-gather", ("bf16",), 64, 4),
         Collective("all-reduce", ("s32",), 4, 4),
         Collective("all-gather", ("f32",), 48, 4),
+        Collective("all-gather", ("f32",), 128, 8),
+        Collective("all-reduce", ("s32",), 4, 16),
     ]
-    assert [collective.sent_bytes for collective in collectives(text)] == [64, 48, 6, 36]
+    assert [collective.sent_bytes for collective in collectives(text)] == [64, 48, 6, 36, 112, 7.5]
