@@ -10,9 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import os
 import pathlib
-import platform
 import time
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +26,7 @@ from rich.table import Table
 import spec_jax
 from experiments import torch_reference
 from experiments.measure import alternate, leviathan_speedup, measure_costs
+from experiments.report import machine
 from spec_jax import checks, decoding, loop
 from spec_jax.drafters.plain import Plain
 
@@ -81,7 +80,7 @@ def main(config: Config) -> dict[str, Any]:
         )
         for seed, depth in enumerate((config.depth, config.draft_depth))
     )
-    report: dict[str, Any] = {"machine": _machine(), "config": dataclasses.asdict(config) | {"output": None}}
+    report: dict[str, Any] = {"machine": machine(), "config": dataclasses.asdict(config) | {"output": None}}
     if with_torch:
         report["versions"] = torch_reference.versions()
     report["plain"] = [_plain(config, target, batch, with_torch) for batch in config.batches]
@@ -252,18 +251,6 @@ def _times(seconds: dict[str, list[float]], tokens: int) -> dict[str, Any]:
         "milliseconds_median": {name: float(np.median(times)) * 1e3 / tokens for name, times in seconds.items()},
         "times_ours_median": {name: float(np.median(np.asarray(times) / ours)) for name, times in seconds.items()},
         "times_ours_of_minima": {name: min(times) / min(ours) for name, times in seconds.items()},
-    }
-
-
-def _machine() -> dict[str, Any]:
-    device = jax.devices()[0]
-    return {
-        "device": device.device_kind,
-        "backend": jax.default_backend(),
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
     }
 
 

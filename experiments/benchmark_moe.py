@@ -94,7 +94,7 @@ def main(config: Config) -> dict[str, Any]:
         rows = list(measure[section](config))
         (_print_meshes if section == "mesh" else partial(_print, section))(rows)
         report[section] = {
-            "machine": machine() | {"cores": os.cpu_count()},
+            "machine": machine(),
             "versions": moe_reference.versions() if section in ("original", "mixtral") else {},
             "config": dataclasses.asdict(config) | {"output": None},
             "rows": rows,

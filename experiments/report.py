@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 import platform
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ def machine() -> dict[str, Any]:
         "devices": jax.device_count(),
         "platform": device.platform,
         "machine": platform.machine(),
+        "cores": os.cpu_count(),
         "python": platform.python_version(),
         "jax": jax.__version__,
     }

@@ -267,8 +267,8 @@ def gradients_in_blocks(
             rows_ld, bar_ld = window.read(rows_sd), window.read(bar_sd)
             # XLA makes one loop of a slice and the arithmetic behind it, which is not vectorised then; what a branch
             # gives it leaves alone.
-            none_lf = jnp.zeros_like(hidden_sf, shape=(window.length, hidden_sf.shape[1]))
-            hidden_lf = jax.lax.cond(place.size > 0, lambda: window.read(hidden_sf), lambda: none_lf)
+            zeros_lf = jnp.zeros_like(hidden_sf, shape=(window.length, hidden_sf.shape[1]))
+            hidden_lf = jax.lax.cond(place.size > 0, lambda: window.read(hidden_sf), lambda: zeros_lf)
             summands, rows_bar_ld = _gradients(layers, OneGroup(), weights, rows_ld, hidden_lf, bar_ld)
             sums = jax.tree.map(lambda total, new: new.astype(total.dtype) if first else total + new, sums, summands)
             return window.write(bar_sd, rows_bar_ld), sums

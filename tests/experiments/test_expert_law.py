@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from experiments.expert_decoder import ExpertsConfig
-from spec_jax import Decoder, DecoderConfig, DecodeResult, Sampling, SmallModel, Verification, loop
+from spec_jax import Decoder, DecoderConfig, DecodeResult, Sampling, SmallModel, loop
 from tests.experiments.experts import dense_draft, sparse_decoder
 from tests.spec.law_cells import (
     FILTERS,
@@ -30,6 +30,7 @@ from tests.spec.law_cells import (
     SEQUENCES,
     VOCAB,
     Cell,
+    request,
     tally,
 )
 from tests.spec.reference import Filters, Fit, fit, sequence_law
@@ -52,25 +53,13 @@ def drawn(model: Decoder, rule: str, filters: Filters, eos_id: int | None) -> Ce
     """200,000 sequences: 2,000 rows under each of 100 keys, every prompt 125 times."""
     drafter = SmallModel(dense_draft(CONFIG, EXPERTS, head_scale=1.5), gamma=GAMMA)
     keys = jax.random.split(jax.random.key(zlib.crc32(f"{rule} {filters}".encode())), SEQUENCES // ROWS)
-    result = decode(model, drafter, request_of(keys[0], rule, filters, eos_id), keys)
+    sampling = Sampling(temperature=filters.temperature, top_p=filters.top_p).checked()
+    result = decode(model, drafter, request(keys[0], rule, ROWS, sampling, eos_id), keys)
     return tally(jax.tree.map(lambda x: x.reshape(-1, len(PROMPTS), *x.shape[2:]), result))
 
 
-def request_of(key: jax.Array, rule: str, filters: Filters, eos_id: int | None) -> loop.Request:
-    return loop.Request(
-        key=key,
-        row_ids_b=jnp.arange(ROWS, dtype=jnp.uint32),
-        sampling=Sampling(temperature=filters.temperature, top_p=filters.top_p).checked(),
-        lenience=jnp.float32(1),
-        eos_id=jnp.int32(-1 if eos_id is None else eos_id),
-        pad_id=jnp.int32(VOCAB),
-        max_new_tokens=jnp.int32(NEW_TOKENS),
-        verification=Verification(rule),
-    )
-
-
 @jax.jit
-def decode(model: Decoder, drafter: SmallModel, request: loop.Request, keys: jax.Array) -> DecodeResult:
+def decode(model: Decoder, drafter: SmallModel, asked: loop.Request, keys: jax.Array) -> DecodeResult:
     """One result after the other. Without the public function, which makes room for prompts of 64 tokens."""
 
     def one_key(key: jax.Array) -> DecodeResult:
@@ -79,7 +68,7 @@ def decode(model: Decoder, drafter: SmallModel, request: loop.Request, keys: jax
             drafter,
             jnp.tile(jnp.asarray(PROMPTS, jnp.int32), (COPIES, 1)),
             jnp.tile(jnp.asarray(PROMPT_LENGTHS, jnp.int32), COPIES),
-            dataclasses.replace(request, key=key),
+            dataclasses.replace(asked, key=key),
             size=PROMPT_WIDTH + NEW_TOKENS + GAMMA + 1,
             width=NEW_TOKENS,
         )

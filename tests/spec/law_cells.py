@@ -7,9 +7,10 @@ import functools
 import zlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from spec_jax import DecodeResult, Sampling, SmallModel, speculative_decoding
+from spec_jax import DecodeResult, Sampling, SmallModel, Verification, loop, speculative_decoding
 from tests.spec.reference import Filters, Fit, fit, histogram, sequence_law
 from tests.spec.toys import next_logits, random_toy
 
@@ -60,6 +61,20 @@ def draw_cell(rule: str, batch: int, filters: Filters, eos_id: int | None, lenie
 
     seed = zlib.crc32(f"second {rule} {batch} {filters} {eos_id}".encode())
     return tally(jax.vmap(one_key)(jax.random.split(jax.random.key(seed), SEQUENCES // batch)))
+
+
+def request(key: jax.Array, rule: str, batch: int, sampling: Sampling, eos_id: int | jax.Array | None) -> loop.Request:
+    """What `speculative_decoding` asks the loop for, for tests that call it with caches no longer than needed."""
+    return loop.Request(
+        key=key,
+        row_ids_b=jnp.arange(batch, dtype=jnp.uint32),
+        sampling=sampling,
+        lenience=jnp.float32(1),
+        eos_id=jnp.asarray(-1 if eos_id is None else eos_id, jnp.int32),
+        pad_id=jnp.int32(VOCAB),
+        max_new_tokens=jnp.int32(NEW_TOKENS),
+        verification=Verification(rule),
+    )
 
 
 def tally(result: DecodeResult) -> Cell:

@@ -32,6 +32,7 @@ from tests.spec.law_cells import (
     VOCAB,
     Cell,
     p_values,
+    request,
     tally,
 )
 
@@ -99,16 +100,8 @@ def broken_noise(broken: jax.Array, noise, key, purpose, row_ids_b, round_start_
 @functools.cache
 def broken_program(rule: str):
     """(broken, keys) → what 200,000 sequences of the top-k cell gave."""
-    request = loop.Request(
-        key=jax.random.key(0),
-        row_ids_b=jnp.arange(BATCH, dtype=jnp.uint32),
-        sampling=Sampling(**dataclasses.asdict(FILTERS["top_k"])).checked(),
-        lenience=jnp.float32(1),
-        eos_id=jnp.int32(-1),
-        pad_id=jnp.int32(VOCAB),
-        max_new_tokens=jnp.int32(NEW_TOKENS),
-        verification=verification.Verification(rule),
-    )
+    sampling = Sampling(**dataclasses.asdict(FILTERS["top_k"])).checked()
+    asked = request(jax.random.key(0), rule, BATCH, sampling, None)
 
     @jax.jit
     def program(broken: jax.Array, keys: jax.Array):
@@ -127,7 +120,7 @@ def broken_program(rule: str):
                 SmallModel(DRAFT, gamma=GAMMA),
                 jnp.asarray(PROMPTS[:BATCH], jnp.int32),
                 jnp.asarray(PROMPT_LENGTHS[:BATCH], jnp.int32),
-                dataclasses.replace(request, key=key),
+                dataclasses.replace(asked, key=key),
                 size=CACHE_SIZE,
                 width=NEW_TOKENS,
             )

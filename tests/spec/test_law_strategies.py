@@ -17,9 +17,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spec_jax import DecoderConfig, DecodeResult, Sampling, Verification, loop
+from spec_jax import DecoderConfig, DecodeResult, Sampling, loop
 from tests.spec import strategies
-from tests.spec.law_cells import FILTERS, NEW_TOKENS, PROMPT_LENGTHS, PROMPT_WIDTH, PROMPTS, SEQUENCES, VOCAB, tally
+from tests.spec.law_cells import (
+    FILTERS,
+    NEW_TOKENS,
+    PROMPT_LENGTHS,
+    PROMPT_WIDTH,
+    PROMPTS,
+    SEQUENCES,
+    VOCAB,
+    request,
+    tally,
+)
 from tests.spec.reference import Filters, Fit, fit, sequence_law
 from tests.spec.strategies import NAMES, strategy
 
@@ -35,22 +45,13 @@ def program(name: str, rule: str, batch: int, top_k: int | None):
     subject = strategy(name, CONFIG, GAMMA)
 
     def one_key(key: jax.Array, sampling: Sampling, eos_id: jax.Array) -> DecodeResult:
-        request = loop.Request(
-            key=key,
-            row_ids_b=jnp.arange(batch, dtype=jnp.uint32),
-            sampling=dataclasses.replace(sampling, top_k=top_k),
-            lenience=jnp.float32(1),
-            eos_id=eos_id,
-            pad_id=jnp.int32(VOCAB),
-            max_new_tokens=jnp.int32(NEW_TOKENS),
-            verification=Verification(rule),
-        )
+        asked = request(key, rule, batch, dataclasses.replace(sampling, top_k=top_k), eos_id)
         return loop.decode(
             subject.target,
             subject.drafter,
             jnp.asarray(PROMPTS[:batch], jnp.int32),
             jnp.asarray(PROMPT_LENGTHS[:batch], jnp.int32),
-            request,
+            asked,
             size=PROMPT_WIDTH + NEW_TOKENS + GAMMA + 1,
             width=NEW_TOKENS,
         )
