@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -63,16 +63,27 @@ class Checkpoints:
             raise ValueError(f"output must hold a checkpoint to go on from, got {self.folder} without any")
         return step
 
-    def save(self, step: int, parts: Mapping[str, Any], configuration: Mapping[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        parts: Mapping[str, Any],
+        configuration: Mapping[str, Any],
+        reports: Sequence[Mapping[str, float]] = (),
+    ) -> None:
         """Starts writing a checkpoint; training may go on, and donate the arrays, while it is written.
 
         Args:
           step: its name.
           parts: pytrees, each of which can be restored without the others.
           configuration: JSON.
+          reports: of the steps since the last record of the metrics.
         """
         leaves = {name: named_leaves(tree) for name, tree in parts.items()}
-        description = {"configuration": dict(configuration), "shapes": {name: _shapes(x) for name, x in leaves.items()}}
+        description = {
+            "configuration": dict(configuration),
+            "shapes": {name: _shapes(x) for name, x in leaves.items()},
+            "reports": [dict(report) for report in reports],
+        }
         items: dict[str, Any] = {name: ocp.args.StandardSave(x) for name, x in leaves.items()}
         items[DESCRIPTION] = ocp.args.JsonSave(description)
         self.wait()
@@ -90,6 +101,14 @@ class Checkpoints:
           ValueError: it cannot be read.
         """
         return self._description(step)["configuration"]
+
+    def reports(self, step: int) -> list[dict[str, float]]:
+        """Reports that a checkpoint was written with: what a run that goes on from it has yet to record.
+
+        Raises:
+          ValueError: they cannot be read.
+        """
+        return self._description(step).get("reports", [])
 
     def check(self, step: int, configuration: Mapping[str, Any]) -> None:
         """Raises ValueError, with the fields that differ, unless the checkpoint is of this configuration."""

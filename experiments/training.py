@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -70,7 +70,9 @@ class Instruments:
     stop: StopRequest
 
 
-def train(job: Job, state: TrainState, instruments: Instruments) -> TrainState:
+def train(
+    job: Job, state: TrainState, instruments: Instruments, reports: Sequence[Mapping[str, float]] = ()
+) -> TrainState:
     """Trains from `state.step` to `config.steps`, or until asked to stop, and leaves a checkpoint of the end.
 
     The batch of step i is a function of (seed, i), and all else that matters is in the state, so a run that goes on
@@ -80,6 +82,7 @@ def train(job: Job, state: TrainState, instruments: Instruments) -> TrainState:
       job: what to do.
       state: where to start; its buffers are reused.
       instruments: what to write to.
+      reports: of the steps before `state` that no record of the metrics holds yet.
 
     Returns:
       The state at the end.
@@ -87,16 +90,18 @@ def train(job: Job, state: TrainState, instruments: Instruments) -> TrainState:
     Raises:
       NonFiniteLossError: the loss, or that of a state about to be saved, was NaN or infinite.
     """
-    return _Loop(job, instruments, jax.tree.map(lambda x: x.sharding, state)).run(state)
+    return _Loop(job, instruments, jax.tree.map(lambda x: x.sharding, state), reports).run(state)
 
 
 class _Loop:
-    def __init__(self, job: Job, instruments: Instruments, shardings: TrainState) -> None:
+    def __init__(
+        self, job: Job, instruments: Instruments, shardings: TrainState, reports: Sequence[Mapping[str, float]]
+    ) -> None:
         self.job, self.config, self.to = job, job.config, instruments
         self.step_fn = self.on_mesh(make_train_step(job.loss_fn, job.config.optimizer(), shardings))
         self.evaluate_fn = self.on_mesh(jax.jit(job.validation_loss_fn or job.loss_fn))
         self.pending: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
-        self.window: list[dict[str, float]] = []
+        self.window = [dict(report) for report in reports]
         self.validation_bits = math.nan
         self.clock = _Clock()
         self.timed_steps = 0
@@ -213,7 +218,7 @@ class _Loop:
             tokens_bt = next(iter(self.validation_batches(1)))
             loss = float(self.evaluate_fn(state.models, tokens_bt)[0])
             self.require_finite(loss, f"the validation loss after step {done}")
-            self.to.checkpoints.save(done, state_parts(state), self.job.configuration)
+            self.to.checkpoints.save(done, state_parts(state), self.job.configuration, self.window)
         self.saved = done
 
     def sample(self, state: TrainState, done: int) -> None:

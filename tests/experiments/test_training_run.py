@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 from typing import Any
 
@@ -57,8 +58,25 @@ def test_resuming_continues_bit_for_bit(tmp_path):
     assert code == 0
     for a, b in zip(checkpoint(whole, 12), checkpoint(parts, 12), strict=True):
         np.testing.assert_array_equal(a, b)
-    merged = [(r["step"], r["train/loss"]) for r in read_metrics(parts.output) if "train/loss" in r]
-    assert merged == [(r["step"], r["train/loss"]) for r in read_metrics(whole.output) if "train/loss" in r]
+    assert training_losses(parts) == training_losses(whole)
+
+
+def test_resuming_between_two_records_loses_no_step_of_a_mean(tmp_path):
+    """Step 5 and step 6 are one record, and the checkpoint lies between them."""
+    config = tiny_config(tmp_path, checkpoint_every=5)
+    train(config)
+    assert steps_kept(config) == [5, 10, 12]
+    whole = training_losses(config)
+    for step in (10, 12):
+        shutil.rmtree(config.output / "checkpoints" / str(step))
+    code, _ = train(dataclasses.replace(config, resume=True))
+    assert code == 0
+    assert steps_kept(config) == [5, 10, 12]
+    assert training_losses(config) == whole
+
+
+def training_losses(config):
+    return [(r["step"], r["train/loss"]) for r in read_metrics(config.output) if "train/loss" in r]
 
 
 def stop_soon_after(config, steps):
