@@ -6,17 +6,20 @@ import pathlib
 os.environ["JAX_PLATFORMS"] = os.environ.get("SPEC_JAX_TEST_PLATFORM", "cpu")
 # Most programs of tests run once, and what optimises them would take longer than it saves, here and in the processes
 # that tests start. Modules whose programs run long have OPTIMISED = True. XLA's new emitters of fusions take more than
-# twice as long to compile as the old ones.
+# twice as long to compile as the old ones, and cutting a program into pieces to compile side by side takes a tenth more
+# time in all, as does keeping where in the source each operation is from.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
+        "--xla_cpu_parallel_codegen_split_count=1",
     ]
 )
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(__file__).parent.parent / ".cache" / "jax")
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import jax
 import pytest

@@ -35,7 +35,7 @@ from tests.spec.strategies import NAMES, strategy
 
 OPTIMISED = True
 
-GAMMA, CHUNKS = 2, 50
+GAMMA, CHUNKS = 2, 10
 CONFIG = DecoderConfig(vocab_size=VOCAB, dim=8, depth=2, heads=1, dim_head=4, ff_mult=1)
 
 
