@@ -34,6 +34,7 @@ from experiments.runtime import exit_with
 Section = Literal["original", "mixtral", "dense", "sequence", "experts", "mesh"]
 Shape = tuple[int, int]
 OURS = "moe_jax"
+RECOMPUTING = "moe_jax, recompute"
 # Whether a call is a forward and backward in training, or a forward in evaluation.
 MODES = {"forward": False, "forward + backward": True}
 
@@ -104,16 +105,20 @@ def main(config: Config) -> dict[str, Any]:
 
 
 def against_original(config: Config) -> Iterable[Row]:
-    """The original and `moe_jax` with the original's weights, slot order and dispatch gradient."""
+    """The original and `moe_jax`, twice, with the original's weights, slot order and dispatch gradient."""
     for shape in config.shapes:
         original = moe_reference.original_moe(config.dim, config.num_experts)
-        moe = moe_programs.like_original(original, config.dim, config.num_experts)
+        moe, recomputing = (
+            moe_programs.like_original(original, config.dim, config.num_experts, recompute=recompute)
+            for recompute in (False, True)
+        )
         x = moe_programs.hidden_states(shape, config.dim)
         for mode, backward in MODES.items():
             out = moe_programs.routed(moe, x, train=backward)
             calls = {
                 OURS: moe_programs.timed_call(moe, x, backward=backward),
                 "st-moe-pytorch": moe_reference.timed_call(original, np.asarray(x), backward=backward),
+                RECOMPUTING: moe_programs.timed_call(recomputing, x, backward=backward),
             }
             row = {
                 **_timed(calls, config.repeats, shape=shape, mode=mode),
@@ -128,7 +133,11 @@ def against_original(config: Config) -> Iterable[Row]:
             }
             if config.memory:
                 resident = sum(leaf.nbytes for leaf in jax.tree.leaves((moe, x)))
-                makers = {OURS: moe_programs.our_call, "st-moe-pytorch": moe_reference.original_call}
+                makers = {
+                    OURS: moe_programs.our_call,
+                    "st-moe-pytorch": moe_reference.original_call,
+                    RECOMPUTING: partial(moe_programs.our_call, recompute=True),
+                }
                 row["peak_bytes"] = {
                     name: resident + peak_memory(make, config.dim, config.num_experts, shape, backward)
                     for name, make in makers.items()

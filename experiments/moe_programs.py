@@ -78,14 +78,17 @@ def roomy_config(dim: int, num_experts: int, dispatch: Dispatch) -> moe_jax.MoEC
     )
 
 
-def like_original(original: Any, dim: int, num_experts: int) -> moe_jax.MoE:
+def like_original(original: Any, dim: int, num_experts: int, *, recompute: bool = False) -> moe_jax.MoE:
     """`moe_jax` with the weights, the slot order and the dispatch gradient of `moe_reference.original_moe`."""
-    return moe_jax.moe_from_torch(moe_reference.weights(original), **_original_arguments(dim, num_experts))
+    arguments = _original_arguments(dim, num_experts) | {"recompute": recompute}
+    return moe_jax.moe_from_torch(moe_reference.weights(original), **arguments)
 
 
-def our_call(dim: int, num_experts: int, shape: tuple[int, int], backward: bool) -> Callable[[int], None]:
+def our_call(
+    dim: int, num_experts: int, shape: tuple[int, int], backward: bool, *, recompute: bool = False
+) -> Callable[[int], None]:
     """The call that `moe_reference.original_call` is compared with, for a process of its own."""
-    layer = initial_layer(config_from_torch(**_original_arguments(dim, num_experts)))
+    layer = initial_layer(config_from_torch(**_original_arguments(dim, num_experts), recompute=recompute))
     return timed_call(layer, hidden_states(shape, dim), backward=backward)
 
 

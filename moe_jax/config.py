@@ -41,6 +41,8 @@ class MoEConfig:
       mult_bias: whether the experts have the multiplicative bias after the gate.
       activation: of the experts' gates.
       init: initial weights, "paper" or "original".
+      recompute: whether the backward pass computes the routed experts' hidden states again. Of each row of an expert,
+        2F numbers less are kept from the forward to the backward pass, for a product more.
       param_dtype: dtype of the weights.
       data_axis: name of the mesh axis that tokens are split over, where the layer is on a mesh that has it.
       expert_axis: name of the mesh axis that experts, and the tokens of each part of the data, are split over.
@@ -71,6 +73,7 @@ class MoEConfig:
     mult_bias: bool = True
     activation: Activation = gelu
     init: Init = "paper"
+    recompute: bool = False
     param_dtype: jnp.dtype | type = jnp.float32
     data_axis: str = "data"
     expert_axis: str = "expert"

@@ -150,6 +150,7 @@ class Experts(nnx.Module):
       mult_bias: as in `FeedForward`.
       activation: as in `FeedForward`.
       init: as in `FeedForward`.
+      recompute: whether gradients compute the hidden states again, and none are kept for them.
       param_dtype: as in `FeedForward`.
     """
 
@@ -164,11 +165,13 @@ class Experts(nnx.Module):
         mult_bias: bool = True,
         activation: Activation = gelu,
         init: Init = "paper",
+        recompute: bool = False,
         param_dtype: jnp.dtype | type = jnp.float32,
     ) -> None:
         weights = partial(initial_weights, init=init, dtype=param_dtype)
         biases = partial(initial_biases, init=init, dtype=param_dtype)
         self.activation = activation
+        self.recompute = recompute
         self.w_in_edf = nnx.Param(weights(rngs.params(), (num_experts, dim, 2 * hidden)))
         self.b_in_ef = nnx.Param(biases(rngs.params(), (num_experts, 2 * hidden))) if bias else None
         self.mult_bias_ef = nnx.Param(jnp.ones((num_experts, hidden), param_dtype)) if mult_bias else None
@@ -177,14 +180,17 @@ class Experts(nnx.Module):
 
     def batched(self, x_ecd: jax.Array) -> jax.Array:
         """Every expert on its own C rows: (E, C, D) to (E, C, D)."""
-        return by_group(GEGLU(self.activation), self._weights(x_ecd.dtype), x_ecd, None)
+        return self._by_group(x_ecd, None)
 
     def grouped(self, x_sd: jax.Array, sizes_e: jax.Array) -> jax.Array:
         """Rows sorted by expert, `sizes_e` each: (S, D) to (S, D). Rows beyond the last expert's are undefined."""
-        return by_group(GEGLU(self.activation), self._weights(x_sd.dtype), x_sd, sizes_e)
+        return self._by_group(x_sd, sizes_e)
 
-    def _weights(self, dtype: jnp.dtype) -> Weights:
-        return weights_by_half(dtype, self.w_in_edf, self.b_in_ef, self.mult_bias_ef, self.w_out_efd, self.b_out_ed)
+    def _by_group(self, x: jax.Array, sizes_e: jax.Array | None) -> jax.Array:
+        weights = weights_by_half(
+            x.dtype, self.w_in_edf, self.b_in_ef, self.mult_bias_ef, self.w_out_efd, self.b_out_ed
+        )
+        return by_group(GEGLU(self.activation), weights, x, sizes_e, recompute=self.recompute)
 
 
 def initial_weights(

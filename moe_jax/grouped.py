@@ -12,7 +12,7 @@ blocks of rows:
 
 Where a block is longer than what is left of its group, what it makes of the rows behind is thrown away. The hidden
 states of a block are used while they are in the processor's cache, and those of all rows are kept for the gradient
-only.
+only, unless it is to compute them again.
 """
 
 from functools import partial
@@ -107,7 +107,9 @@ class SortedGroups:
         return jnp.where(self.used_s1, vectors.at[self.group_s].get(indices_are_sorted=True), 0)
 
 
-def by_group(layers: TwoLayers, weights: Weights, rows: jax.Array, sizes_e: jax.Array | None) -> jax.Array:
+def by_group(
+    layers: TwoLayers, weights: Weights, rows: jax.Array, sizes_e: jax.Array | None, *, recompute: bool = False
+) -> jax.Array:
     """Each row through the feed-forward of its group. Can be differentiated once, in reverse.
 
     Args:
@@ -115,6 +117,7 @@ def by_group(layers: TwoLayers, weights: Weights, rows: jax.Array, sizes_e: jax.
       weights: of its halves, each array with a leading axis of E groups.
       rows: (E, C, D), or (S, D) sorted by group.
       sizes_e: (E,) int32, rows per group where they are sorted, else None. Their sum may be less than S.
+      recompute: whether the gradient computes the hidden states again, and none are kept for it. Static.
 
     Returns:
       The shape and dtype of `rows`. Rows beyond the last group are undefined, here and in the gradient with respect to
@@ -132,24 +135,30 @@ def by_group(layers: TwoLayers, weights: Weights, rows: jax.Array, sizes_e: jax.
         missing = tuple(axes - jax.typeof(leaf).manual_axis_type.varying)
         return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
 
-    return _by_group(layers, jax.tree.map(varying, operands))
+    return _by_group(layers, recompute, jax.tree.map(varying, operands))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _by_group(layers: TwoLayers, operands: Operands) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _by_group(layers: TwoLayers, recompute: bool, operands: Operands) -> jax.Array:
     return jax.lax.platform_dependent(
         operands, cpu=partial(outputs_in_blocks, layers), default=partial(outputs_at_once, layers)
     )
 
 
-def _forward(layers: TwoLayers, operands: Operands) -> tuple[jax.Array, tuple[Operands, jax.Array]]:
+# What is kept for the gradient: the hidden states are None where they are to be computed again.
+Saved = tuple[Operands, jax.Array | None]
+
+
+def _forward(layers: TwoLayers, recompute: bool, operands: Operands) -> tuple[jax.Array, Saved]:
+    if recompute:
+        return _by_group(layers, recompute, operands), (operands, None)
     hidden, outputs = jax.lax.platform_dependent(
         operands, cpu=partial(both_in_blocks, layers), default=partial(both_at_once, layers)
     )
     return outputs, (operands, hidden)
 
 
-def _backward(layers: TwoLayers, saved: tuple[Operands, jax.Array], outputs_bar: jax.Array) -> tuple[Operands]:
+def _backward(layers: TwoLayers, recompute: bool, saved: Saved, outputs_bar: jax.Array) -> tuple[Operands]:
     weights_bar, rows_bar = jax.lax.platform_dependent(
         *saved, outputs_bar, cpu=partial(gradients_in_blocks, layers), default=partial(gradients_at_once, layers)
     )
@@ -170,10 +179,14 @@ def both_at_once(layers: TwoLayers, operands: Operands) -> tuple[jax.Array, jax.
 
 
 def gradients_at_once(
-    layers: TwoLayers, operands: Operands, hidden: jax.Array, outputs_bar: jax.Array
+    layers: TwoLayers, operands: Operands, hidden: jax.Array | None, outputs_bar: jax.Array
 ) -> tuple[Weights, jax.Array]:
     """The gradients of weights and rows, where an accelerator computes them."""
-    return _gradients(layers, _grouping(operands), operands.weights, operands.rows, hidden, outputs_bar)
+    rows = operands.rows
+    if hidden is None:
+        # Not at once with the forward pass, of whose product XLA would see that it is the same.
+        rows, outputs_bar = jax.lax.optimization_barrier((rows, outputs_bar))
+    return _gradients(layers, _grouping(operands), operands.weights, rows, hidden, outputs_bar)
 
 
 def _grouping(operands: Operands) -> Grouping:
@@ -190,9 +203,11 @@ def _gradients(
     grouping: Grouping,
     weights: Weights,
     rows: jax.Array,
-    hidden: jax.Array,
+    hidden: jax.Array | None,
     outputs_bar: jax.Array,
 ) -> tuple[Weights, jax.Array]:
+    if hidden is None:
+        hidden = layers.hidden(grouping, weights.hidden, rows)
     outputs, pull = jax.vjp(partial(layers.output, grouping), weights.output, hidden)
     output_weights_bar, hidden_bar = pull(outputs_bar.astype(outputs.dtype))
     hidden_weights_bar, rows_bar = jax.vjp(partial(layers.hidden, grouping), weights.hidden, rows)[1](hidden_bar)
@@ -252,11 +267,19 @@ def both_in_blocks(layers: TwoLayers, operands: Operands) -> tuple[jax.Array, ja
 
 
 def gradients_in_blocks(
-    layers: TwoLayers, operands: Operands, hidden: jax.Array, outputs_bar: jax.Array
+    layers: TwoLayers, operands: Operands, hidden: jax.Array | None, outputs_bar: jax.Array
 ) -> tuple[Weights, jax.Array]:
     """The gradients of weights and rows, where a CPU computes them."""
     blocks, rows_sd, places = _cut(operands)
-    hidden_sf = hidden.reshape(-1, hidden.shape[-1])
+
+    def read_hidden(window: Window, place: Place) -> jax.Array | None:
+        if hidden is None:
+            return None
+        hidden_sf = hidden.reshape(-1, hidden.shape[-1])
+        # XLA makes one loop of a slice and the arithmetic behind it, which is not vectorised then; what a branch
+        # gives it leaves alone.
+        zeros_lf = jnp.zeros_like(hidden_sf, shape=(window.length, hidden_sf.shape[1]))
+        return jax.lax.cond(place.size > 0, lambda: window.read(hidden_sf), lambda: zeros_lf)
 
     def group(carry: tuple[jax.Array, Weights], inputs: tuple[Weights, Place]) -> tuple[Any, Weights]:
         weights, place = inputs
@@ -264,11 +287,7 @@ def gradients_in_blocks(
         def block(window: Window, first: bool, carry: tuple[jax.Array, Weights]) -> tuple[jax.Array, Weights]:
             # Of outputs before the block, of rows after it.
             bar_sd, sums = carry
-            rows_ld, bar_ld = window.read(rows_sd), window.read(bar_sd)
-            # XLA makes one loop of a slice and the arithmetic behind it, which is not vectorised then; what a branch
-            # gives it leaves alone.
-            zeros_lf = jnp.zeros_like(hidden_sf, shape=(window.length, hidden_sf.shape[1]))
-            hidden_lf = jax.lax.cond(place.size > 0, lambda: window.read(hidden_sf), lambda: zeros_lf)
+            rows_ld, bar_ld, hidden_lf = window.read(rows_sd), window.read(bar_sd), read_hidden(window, place)
             summands, rows_bar_ld = _gradients(layers, OneGroup(), weights, rows_ld, hidden_lf, bar_ld)
             sums = jax.tree.map(lambda total, new: new.astype(total.dtype) if first else total + new, sums, summands)
             return window.write(bar_sd, rows_bar_ld), sums

@@ -33,11 +33,13 @@ def config_from_torch(
     differentiable_topk: bool = False,
     slot_order: SlotOrder = "choice",
     dispatch: Dispatch = "index",
+    recompute: bool = False,
 ) -> MoEConfig:
     """The configuration that an st-moe-pytorch `MoE` with these arguments corresponds to.
 
-    Args are the original's, with its defaults, and two of ours: `slot_order` (the original's is "choice") and
-    `dispatch`. Unlike the original, evaluation is deterministic, and `differentiable_topk` keeps the router's gates.
+    Args are the original's, with its defaults, and three of ours: `slot_order` (the original's is "choice"), `dispatch`
+    and `recompute`. Unlike the original, evaluation is deterministic, and `differentiable_topk` keeps the router's
+    gates.
     """
     router = CoordinateDescent if differentiable_topk else TopN
     return MoEConfig(
@@ -48,6 +50,7 @@ def config_from_torch(
         capacity_factor_eval=capacity_factor_eval,
         slot_order=slot_order,
         dispatch=dispatch,
+        recompute=recompute,
         straight_through=straight_through_dispatch_tensor,
         balance_coef=balance_loss_coef,
         router_z_coef=router_z_loss_coef,

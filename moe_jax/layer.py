@@ -73,7 +73,9 @@ class MoE(nnx.Module):
         }
         shape = (config.dim, config.num_experts)
         self.router_de = nnx.Param(_initial_router(rngs.params(), shape, config))
-        self.experts = Experts(config.num_experts, config.dim, config.expert_hidden, **expert)
+        self.experts = Experts(
+            config.num_experts, config.dim, config.expert_hidden, recompute=config.recompute, **expert
+        )
         shared_hidden = config.num_shared_experts * config.expert_hidden
         self.shared = FeedForward(config.dim, shared_hidden, **expert) if shared_hidden else None
         biased = config.router.selection_bias

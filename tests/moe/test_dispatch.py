@@ -138,8 +138,8 @@ def test_tails_full_of_nan_reach_nothing(monkeypatch: pytest.MonkeyPatch):
         lambda sizes_e, bar_sd: (poison(bar_sd, sizes_e), None),
     )
 
-    def poisoned(layers: GEGLU, weights: Any, rows: jax.Array, sizes_e: jax.Array) -> jax.Array:
-        return poison(by_group(layers, weights, poison(rows, sizes_e), sizes_e), sizes_e)
+    def poisoned(layers: GEGLU, weights: Any, rows: jax.Array, sizes_e: jax.Array, *, recompute: bool) -> jax.Array:
+        return poison(by_group(layers, weights, poison(rows, sizes_e), sizes_e, recompute=recompute), sizes_e)
 
     wanted = dense_value_and_gradients(2.0)
     monkeypatch.setattr(moe_jax.experts, "by_group", poisoned)
@@ -262,8 +262,9 @@ def test_groups_of_one_size(size: int):
     assert_close(equal(weights(), rows_sd), wanted[0])
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("sizes", [[7, 0, 20, 11], None], ids=["sorted", "equal"])
-def test_what_accelerators_compute(sizes: list[int] | None):
+def test_what_accelerators_compute(sizes: list[int] | None, recompute: bool):
     """All groups at once, which a CPU can do too, only slowly; tails of NaN there as well."""
     used = 40 if sizes is None else sum(sizes)
     group_s = jnp.repeat(jnp.arange(4), jnp.asarray(sizes or [10] * 4))
@@ -275,11 +276,32 @@ def test_what_accelerators_compute(sizes: list[int] | None):
     def at_once(rows: jax.Array, bar: jax.Array) -> Any:
         operands = Operands(weights(), rows, sizes_e)
         hidden, outputs = grouped.both_at_once(LAYERS, operands)
-        return outputs, *grouped.gradients_at_once(LAYERS, operands, hidden, bar)
+        return outputs, *grouped.gradients_at_once(LAYERS, operands, None if recompute else hidden, bar)
 
     outputs, weights_bar, rows_bar = at_once(rows, bar)
     got = outputs.reshape(-1, 5)[:used], weights_bar, rows_bar.reshape(-1, 5)[:used]
     assert_close(got, answers(partial(row_by_row, group_s=group_s), rows_sd[:used], bar_sd[:used]))
+
+
+@pytest.mark.parametrize("sizes", [[0, 160, 1, 139], None], ids=["sorted", "equal"])
+def test_hidden_states_computed_again_give_the_same_gradients(sizes: list[int] | None):
+    rows, bar = (hidden_states(*((300, 5) if sizes else (4, 75, 5)), seed=seed) for seed in (0, 3))
+    sizes_e = None if sizes is None else jnp.asarray(sizes)
+
+    def of(recompute: bool) -> Callable[[Any, jax.Array], jax.Array]:
+        return lambda weights, rows: by_group(LAYERS, weights, rows, sizes_e, recompute=recompute)
+
+    programs = [jax.jit(partial(answers, of(recompute))).lower(rows, bar).compile() for recompute in (False, True)]
+    kept, again = (program(rows, bar) for program in programs)
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6), again, kept)
+    # Of 300 rows, 6 numbers of 4 bytes.
+    assert scratch_bytes(programs[0]) - scratch_bytes(programs[1]) > 0.9 * 300 * 6 * 4
+
+
+def scratch_bytes(program: Any) -> int:
+    memory = program.memory_analysis()
+    assert memory is not None
+    return memory.temp_size_in_bytes
 
 
 def test_no_rows_at_all():
@@ -322,9 +344,7 @@ def test_memory_of_a_forward_is_that_of_few_blocks_of_hidden_states(rows: int):
         stacked = Weights(of_hidden, OutputWeights(None, jnp.ones((num_experts, hidden, dim)), None))
         sizes_e = jnp.full(num_experts, rows // num_experts)
         compiled = jax.jit(partial(by_group, LAYERS)).lower(stacked, jnp.ones((rows, dim)), sizes_e).compile()
-        memory = compiled.memory_analysis()
-        assert memory is not None
-        return memory.temp_size_in_bytes
+        return scratch_bytes(compiled)
 
     all_rows, hidden_states_of_all = rows * dim * 4, rows * 2 * hidden * 4
     for num_experts in (2, 64):

@@ -256,3 +256,21 @@ def test_float64_stays_float64():
         moe = MoE(config(param_dtype=jnp.float64, dispatch="ragged"), rngs=nnx.Rngs(0))
         out = apply(moe, jnp.ones((4, 8), jnp.float64))
         assert out.outputs.dtype == out.balance_loss.dtype == jnp.float64
+
+
+@pytest.mark.parametrize("dispatch", ["index", "ragged"])
+def test_recomputing_keeps_no_hidden_states_and_changes_nothing(dispatch: str):
+    """Of a hidden state there are 2F = 20 numbers; weights with as many are not of the same shape."""
+    kept, again = (layer(dispatch=dispatch, recompute=on) for on in (False, True))
+    x = hidden_states(3, 6, 8)
+    for one, other in zip(*(jax.tree.leaves(outputs_and_gradients(moe, x)) for moe in (again, kept)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+    def hidden_states_kept(moe: MoE) -> int:
+        pull = jax.eval_shape(lambda moe, x: jax.vjp(lambda moe, x: moe(x, train=True).outputs, moe, x)[1], moe, x)
+        weights = {leaf.shape for leaf in jax.tree.leaves(moe)}
+        shapes = [leaf.shape for leaf in jax.tree.leaves(pull)]
+        return sum(1 for shape in shapes if shape[-1:] == (20,) and shape not in weights)
+
+    assert hidden_states_kept(kept) > 0
+    assert hidden_states_kept(again) == 0

@@ -51,7 +51,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"num_experts": 16, "masked": False},
     {"num_experts": 5, "router": TopN(), "gumbel_noise": 0.5, "input_jitter": 0.1},
     {"num_experts": 3, "router": CoordinateDescent(policy_train="all"), "group_size": "batch"},
-    {"num_experts": 8, "straight_through": True, "group_size": 11, "masked": False},
+    {"num_experts": 8, "straight_through": True, "group_size": 11, "masked": False, "recompute": True},
     {"num_experts": 8, "router": TopN(n=3, policy_train="all", score="sigmoid", bias=True)},
     {"num_experts": 5, "num_shared_experts": 1, "group_size": 7},
     {"num_experts": 16, "router": ExpertChoice()},
