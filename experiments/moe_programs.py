@@ -80,8 +80,8 @@ def roomy_config(dim: int, num_experts: int, dispatch: Dispatch) -> moe_jax.MoEC
 
 def like_original(original: Any, dim: int, num_experts: int, *, recompute: bool = False) -> moe_jax.MoE:
     """`moe_jax` with the weights, the slot order and the dispatch gradient of `moe_reference.original_moe`."""
-    arguments = _original_arguments(dim, num_experts) | {"recompute": recompute}
-    return moe_jax.moe_from_torch(moe_reference.weights(original), **arguments)
+    arguments = _original_arguments(dim, num_experts)
+    return moe_jax.moe_from_torch(moe_reference.weights(original), **arguments, recompute=recompute)
 
 
 def our_call(

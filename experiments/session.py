@@ -197,10 +197,8 @@ def _train(job: Job, task: Task, console: Console, stop: StopRequest) -> TrainSt
     config, mesh = job.config, job.mesh
     template = state_template(config, task, mesh)
     with Checkpoints(config.output, keep=config.keep_checkpoints) as checkpoints:
-        reports = []
         if config.resume:
-            step = checkpoints.require_latest()
-            state, reports = restored_state(checkpoints, step, template), checkpoints.reports(step)
+            state = restored_state(checkpoints, checkpoints.require_latest(), template)
         else:
             state = first_state(config, task, template, mesh)
         done = int(state.step)
@@ -208,12 +206,12 @@ def _train(job: Job, task: Task, console: Console, stop: StopRequest) -> TrainSt
         console.print(f"parameters: {sizes}; {mesh.size} device(s); from step {done:,} to {config.steps:,}")
         if jax.process_index():
             with TrainingProgress(console, steps=config.steps, done=done) as progress:
-                return train(job, state, Instruments(checkpoints, None, progress, stop), reports)
+                return train(job, state, Instruments(checkpoints, None, progress, stop))
         with (
             Metrics(config.output, first_step=done, wandb=config.wandb, config=job.configuration) as metrics,
             TrainingProgress(console, steps=config.steps, done=done) as progress,
         ):
-            return train(job, state, Instruments(checkpoints, metrics, progress, stop), reports)
+            return train(job, state, Instruments(checkpoints, metrics, progress, stop))
 
 
 def _parameters(model: Any) -> int:

@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -70,9 +70,7 @@ class Instruments:
     stop: StopRequest
 
 
-def train(
-    job: Job, state: TrainState, instruments: Instruments, reports: Sequence[Mapping[str, float]] = ()
-) -> TrainState:
+def train(job: Job, state: TrainState, instruments: Instruments) -> TrainState:
     """Trains from `state.step` to `config.steps`, or until asked to stop, and leaves a checkpoint of the end.
 
     The batch of step i is a function of (seed, i), and all else that matters is in the state, so a run that goes on
@@ -80,9 +78,8 @@ def train(
 
     Args:
       job: what to do.
-      state: where to start; its buffers are reused.
+      state: where to start, before the first step or at a checkpoint; its buffers are reused.
       instruments: what to write to.
-      reports: of the steps before `state` that no record of the metrics holds yet.
 
     Returns:
       The state at the end.
@@ -90,18 +87,16 @@ def train(
     Raises:
       NonFiniteLossError: the loss, or that of a state about to be saved, was NaN or infinite.
     """
-    return _Loop(job, instruments, jax.tree.map(lambda x: x.sharding, state), reports).run(state)
+    return _Loop(job, instruments, jax.tree.map(lambda x: x.sharding, state)).run(state)
 
 
 class _Loop:
-    def __init__(
-        self, job: Job, instruments: Instruments, shardings: TrainState, reports: Sequence[Mapping[str, float]]
-    ) -> None:
+    def __init__(self, job: Job, instruments: Instruments, shardings: TrainState) -> None:
         self.job, self.config, self.to = job, job.config, instruments
         self.step_fn = self.on_mesh(make_train_step(job.loss_fn, job.config.optimizer(), shardings))
         self.evaluate_fn = self.on_mesh(jax.jit(job.validation_loss_fn or job.loss_fn))
         self.pending: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
-        self.window = [dict(report) for report in reports]
+        self.window: list[dict[str, float]] = []
         self.validation_bits = math.nan
         self.clock = _Clock()
         self.timed_steps = 0
@@ -110,7 +105,8 @@ class _Loop:
     def run(self, state: TrainState) -> TrainState:
         config = self.config
         first = done = int(state.step)
-        self.saved = first if first else None
+        if first:
+            self.saved, self.window = first, self.to.checkpoints.reports(first)
         for step in range(first, config.steps):
             state, report = self.step_fn(state, self.batch(step))
             self.pending.append((step, report))

@@ -7,41 +7,36 @@ right code some cell fails in about one of a hundred choices of keys, and the ke
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import itertools
 import zlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments.expert_decoder import ExpertsConfig
-from spec_jax import Decoder, DecoderConfig, DecodeResult, Sampling, SmallModel, loop
+from spec_jax import Decoder, DecoderConfig, DecodeResult, Sampling, SmallModel
 from tests.experiments.experts import dense_draft, sparse_decoder
 from tests.spec.law_cells import (
     FILTERS,
-    NEW_TOKENS,
-    PROMPT_LENGTHS,
-    PROMPT_WIDTH,
+    GAMMA,
     PROMPTS,
     SEQUENCES,
     VOCAB,
     Cell,
-    request,
+    decode_prompts,
+    law_behind,
+    logits_after_prompts,
     tally,
 )
-from tests.spec.reference import Filters, Fit, fit, sequence_law
-from tests.spec.strategies import all_logits
+from tests.spec.reference import Filters, Fit, fit
 
 OPTIMISED = True
 
-GAMMA, COPIES = 2, 125
 CONFIG = DecoderConfig(vocab_size=VOCAB, dim=8, depth=3, heads=1, dim_head=4, ff_mult=1)
 EXPERTS = ExpertsConfig(num_experts=3, hidden=6)
-ROWS = COPIES * len(PROMPTS)
+ROWS = 125 * len(PROMPTS)
 
 
 @functools.cache
@@ -54,45 +49,29 @@ def drawn(model: Decoder, rule: str, filters: Filters, eos_id: int | None) -> Ce
     drafter = SmallModel(dense_draft(CONFIG, EXPERTS, head_scale=1.5), gamma=GAMMA)
     keys = jax.random.split(jax.random.key(zlib.crc32(f"{rule} {filters}".encode())), SEQUENCES // ROWS)
     sampling = Sampling(temperature=filters.temperature, top_p=filters.top_p).checked()
-    result = decode(model, drafter, request(keys[0], rule, ROWS, sampling, eos_id), keys)
+    result = decode(model, drafter, keys, rule, sampling, -1 if eos_id is None else eos_id)
     return tally(jax.tree.map(lambda x: x.reshape(-1, len(PROMPTS), *x.shape[2:]), result))
 
 
-@jax.jit
-def decode(model: Decoder, drafter: SmallModel, asked: loop.Request, keys: jax.Array) -> DecodeResult:
-    """One result after the other. Without the public function, which makes room for prompts of 64 tokens."""
-
-    def one_key(key: jax.Array) -> DecodeResult:
-        return loop.decode(
-            model,
-            drafter,
-            jnp.tile(jnp.asarray(PROMPTS, jnp.int32), (COPIES, 1)),
-            jnp.tile(jnp.asarray(PROMPT_LENGTHS, jnp.int32), COPIES),
-            dataclasses.replace(asked, key=key),
-            size=PROMPT_WIDTH + NEW_TOKENS + GAMMA + 1,
-            width=NEW_TOKENS,
-        )
-
-    return jax.lax.map(one_key, keys)
+@functools.partial(jax.jit, static_argnames="rule")
+def decode(
+    model: Decoder, drafter: SmallModel, keys: jax.Array, rule: str, sampling: Sampling, eos_id: int
+) -> DecodeResult:
+    """The results of the keys, one after the other."""
+    return jax.lax.map(lambda key: decode_prompts(model, drafter, key, rule, sampling, eos_id, batch=ROWS), keys)
 
 
 @functools.cache
-def logits_after() -> dict[tuple[int, ...], np.ndarray]:
-    """The logits after each prompt and each output shorter than the whole."""
-    prompts = [tuple(row[:length].tolist()) for row, length in zip(PROMPTS, PROMPT_LENGTHS)]
-    outputs = [output for n in range(NEW_TOKENS) for output in itertools.product(range(VOCAB), repeat=n)]
-    return all_logits(target(), [prompt + output for prompt in prompts for output in outputs])
+def logits() -> dict[tuple[int, ...], np.ndarray]:
+    return logits_after_prompts(target())
 
 
 def fits(cell: Cell, filters: Filters, eos_id: int | None) -> list[Fit]:
     """Each prompt's sequences against the law of that prompt."""
-    laws = [
-        sequence_law(
-            logits_after().__getitem__, tuple(row[:length].tolist()), filters, new_tokens=NEW_TOKENS, eos_id=eos_id
-        )
-        for row, length in zip(PROMPTS, PROMPT_LENGTHS)
+    return [
+        fit(counts_o, law_behind(logits().__getitem__, row, filters, eos_id))
+        for row, counts_o in enumerate(cell.counts_bo)
     ]
-    return [fit(counts_o, law) for counts_o, law in zip(cell.counts_bo, laws, strict=True)]
 
 
 @pytest.mark.slow

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import zlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spec_jax import DecodeResult, Sampling, SmallModel, Verification, loop, speculative_decoding
+from spec_jax import Decoder, DecodeResult, Drafter, Sampling, SmallModel, Verification, loop, speculative_decoding
+from spec_jax.drafters.base import LanguageModel
 from tests.spec.reference import Filters, Fit, fit, histogram, sequence_law
+from tests.spec.strategies import all_logits
 from tests.spec.toys import next_logits, random_toy
 
 VOCAB, GAMMA, NEW_TOKENS, SEQUENCES = 3, 2, 4, 200_000
@@ -63,17 +67,35 @@ def draw_cell(rule: str, batch: int, filters: Filters, eos_id: int | None, lenie
     return tally(jax.vmap(one_key)(jax.random.split(jax.random.key(seed), SEQUENCES // batch)))
 
 
-def request(key: jax.Array, rule: str, batch: int, sampling: Sampling, eos_id: int | jax.Array | None) -> loop.Request:
-    """What `speculative_decoding` asks the loop for, for tests that call it with caches no longer than needed."""
-    return loop.Request(
+def decode_prompts(
+    target: LanguageModel,
+    drafter: Drafter,
+    key: jax.Array,
+    rule: str,
+    sampling: Sampling,
+    eos_id: int | jax.Array,
+    *,
+    batch: int,
+) -> DecodeResult:
+    """`batch` ragged prompts, beginning again behind the last one. The public function makes room for longer ones."""
+    asked = loop.Request(
         key=key,
         row_ids_b=jnp.arange(batch, dtype=jnp.uint32),
         sampling=sampling,
         lenience=jnp.float32(1),
-        eos_id=jnp.asarray(-1 if eos_id is None else eos_id, jnp.int32),
+        eos_id=jnp.asarray(eos_id, jnp.int32),
         pad_id=jnp.int32(VOCAB),
         max_new_tokens=jnp.int32(NEW_TOKENS),
         verification=Verification(rule),
+    )
+    return loop.decode(
+        target,
+        drafter,
+        jnp.asarray(np.resize(PROMPTS, (batch, PROMPT_WIDTH)), jnp.int32),
+        jnp.asarray(np.resize(PROMPT_LENGTHS, batch), jnp.int32),
+        asked,
+        size=CACHE_SIZE,
+        width=NEW_TOKENS,
     )
 
 
@@ -88,11 +110,27 @@ def tally(result: DecodeResult) -> Cell:
     return Cell(counts_bo, float(mean), float(error))
 
 
+def logits_after_prompts(target: Decoder) -> dict[tuple[int, ...], np.ndarray]:
+    """The logits of a transformer after each prompt and each output shorter than the whole."""
+    outputs = [output for n in range(NEW_TOKENS) for output in itertools.product(range(VOCAB), repeat=n)]
+    return all_logits(target, [prompt(row) + output for row in range(len(PROMPTS)) for output in outputs])
+
+
+def prompt(row: int) -> tuple[int, ...]:
+    """One of the prompts, without its padding."""
+    return tuple(PROMPTS[row, : PROMPT_LENGTHS[row]].tolist())
+
+
+def law_behind(
+    logits_after: Callable[[tuple[int, ...]], np.ndarray], row: int, filters: Filters, eos_id: int | None
+) -> np.ndarray:
+    """The law of the output behind one of the prompts, of a model with these logits."""
+    return sequence_law(logits_after, prompt(row), filters, new_tokens=NEW_TOKENS, eos_id=eos_id)
+
+
 def prompt_law(row: int, filters: Filters, eos_id: int | None) -> np.ndarray:
-    """The law of the output behind one of the prompts."""
-    prompt = tuple(PROMPTS[row, : PROMPT_LENGTHS[row]].tolist())
-    logits_after = functools.partial(next_logits, np.asarray(TARGET.table))
-    return sequence_law(logits_after, prompt, filters, new_tokens=NEW_TOKENS, eos_id=eos_id)
+    """The law of the tabular target's output behind one of the prompts."""
+    return law_behind(functools.partial(next_logits, np.asarray(TARGET.table)), row, filters, eos_id)
 
 
 def p_values(cell: Cell, filters: Filters, eos_id: int | None) -> tuple[float, float]:

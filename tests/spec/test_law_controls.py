@@ -20,19 +20,15 @@ from spec_jax import Sampling, SmallModel, loop, verification
 from spec_jax.noise import Purpose
 from spec_jax.verification import Draft, Verdict
 from tests.spec.law_cells import (
-    CACHE_SIZE,
     DRAFT,
     FILTERS,
     GAMMA,
-    NEW_TOKENS,
-    PROMPT_LENGTHS,
-    PROMPTS,
     SEQUENCES,
     TARGET,
     VOCAB,
     Cell,
+    decode_prompts,
     p_values,
-    request,
     tally,
 )
 
@@ -101,7 +97,7 @@ def broken_noise(broken: jax.Array, noise, key, purpose, row_ids_b, round_start_
 def broken_program(rule: str):
     """(broken, keys) → what 200,000 sequences of the top-k cell gave."""
     sampling = Sampling(**dataclasses.asdict(FILTERS["top_k"])).checked()
-    asked = request(jax.random.key(0), rule, BATCH, sampling, None)
+    drafter = SmallModel(DRAFT, gamma=GAMMA)
 
     @jax.jit
     def program(broken: jax.Array, keys: jax.Array):
@@ -115,15 +111,7 @@ def broken_program(rule: str):
         ]
 
         def one_key(key: jax.Array):
-            return loop.decode(
-                TARGET,
-                SmallModel(DRAFT, gamma=GAMMA),
-                jnp.asarray(PROMPTS[:BATCH], jnp.int32),
-                jnp.asarray(PROMPT_LENGTHS[:BATCH], jnp.int32),
-                dataclasses.replace(asked, key=key),
-                size=CACHE_SIZE,
-                width=NEW_TOKENS,
-            )
+            return decode_prompts(TARGET, drafter, key, rule, sampling, -1, batch=BATCH)
 
         with patches[0], patches[1], patches[2], patches[3]:
             return jax.vmap(one_key)(keys)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import zlib
 
 import jax
@@ -17,25 +16,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spec_jax import DecoderConfig, DecodeResult, Sampling, loop
-from tests.spec import strategies
+from spec_jax import DecoderConfig, DecodeResult, Sampling
 from tests.spec.law_cells import (
     FILTERS,
-    NEW_TOKENS,
-    PROMPT_LENGTHS,
-    PROMPT_WIDTH,
-    PROMPTS,
+    GAMMA,
     SEQUENCES,
     VOCAB,
-    request,
+    decode_prompts,
+    law_behind,
+    logits_after_prompts,
     tally,
 )
-from tests.spec.reference import Filters, Fit, fit, sequence_law
+from tests.spec.reference import Filters, Fit, fit
 from tests.spec.strategies import NAMES, strategy
 
 OPTIMISED = True
 
-GAMMA, CHUNKS = 2, 10
+CHUNKS = 10
 CONFIG = DecoderConfig(vocab_size=VOCAB, dim=8, depth=2, heads=1, dim_head=4, ff_mult=1)
 
 
@@ -45,16 +42,8 @@ def program(name: str, rule: str, batch: int, top_k: int | None):
     subject = strategy(name, CONFIG, GAMMA)
 
     def one_key(key: jax.Array, sampling: Sampling, eos_id: jax.Array) -> DecodeResult:
-        asked = request(key, rule, batch, dataclasses.replace(sampling, top_k=top_k), eos_id)
-        return loop.decode(
-            subject.target,
-            subject.drafter,
-            jnp.asarray(PROMPTS[:batch], jnp.int32),
-            jnp.asarray(PROMPT_LENGTHS[:batch], jnp.int32),
-            asked,
-            size=PROMPT_WIDTH + NEW_TOKENS + GAMMA + 1,
-            width=NEW_TOKENS,
-        )
+        sampling = dataclasses.replace(sampling, top_k=top_k)
+        return decode_prompts(subject.target, subject.drafter, key, rule, sampling, eos_id, batch=batch)
 
     def run(keys: jax.Array, sampling: Sampling, eos_id: jax.Array) -> DecodeResult:
         chunks = keys.reshape(CHUNKS, -1)
@@ -66,17 +55,12 @@ def program(name: str, rule: str, batch: int, top_k: int | None):
 
 @functools.cache
 def prompt_law(name: str, row: int, filters: Filters, eos_id: int | None) -> np.ndarray:
-    prompt = tuple(PROMPTS[row, : PROMPT_LENGTHS[row]].tolist())
-    return sequence_law(logits_of(name).__getitem__, prompt, filters, new_tokens=NEW_TOKENS, eos_id=eos_id)
+    return law_behind(logits_of(name).__getitem__, row, filters, eos_id)
 
 
 @functools.cache
 def logits_of(name: str) -> dict[tuple[int, ...], np.ndarray]:
-    """The logits after each prompt and each output shorter than the whole."""
-    prompts = [tuple(row[:length].tolist()) for row, length in zip(PROMPTS, PROMPT_LENGTHS)]
-    outputs = [output for n in range(NEW_TOKENS) for output in itertools.product(range(VOCAB), repeat=n)]
-    rows = [prompt + output for prompt in prompts for output in outputs]
-    return strategies.all_logits(strategy(name, CONFIG, GAMMA).target, rows)
+    return logits_after_prompts(strategy(name, CONFIG, GAMMA).target)
 
 
 # Each rule meets each filter (top-k: one rule), and has one batch size of its own. The filters are the loop's, the same
