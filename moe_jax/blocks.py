@@ -16,23 +16,32 @@ SHORTEST_STEP, LONGEST_STEP = 8, 32
 
 
 class Window(NamedTuple):
-    """The rows of a block: `length` from `at` on, those of `inside_l1` its own (None: all)."""
+    """The rows of a block: `length` from `at` on, those of `inside_l` its own (None: all)."""
 
     at: jax.Array
     length: int
-    inside_l1: jax.Array | None
+    inside_l: jax.Array | None
 
-    def read(self, rows_sd: jax.Array) -> jax.Array:
-        """(L, D), zero where a row is not the block's own: it may hold anything, and 0 * NaN is not 0."""
-        rows_ld = jax.lax.dynamic_slice_in_dim(rows_sd, self.at, self.length)
-        return rows_ld if self.inside_l1 is None else jnp.where(self.inside_l1, rows_ld, 0)
+    @property
+    def rows_l(self) -> jax.Array:
+        """(L,) their numbers."""
+        return self.at + jnp.arange(self.length)
 
-    def write(self, rows_sd: jax.Array, new_ld: jax.Array) -> jax.Array:
-        """All rows, with new ones where they are the block's own."""
-        if self.inside_l1 is not None:
-            old_ld = jax.lax.dynamic_slice_in_dim(rows_sd, self.at, self.length)
-            new_ld = jnp.where(self.inside_l1, new_ld, old_ld)
-        return jax.lax.dynamic_update_slice_in_dim(rows_sd, new_ld, self.at, axis=0)
+    def read(self, x: jax.Array) -> jax.Array:
+        """(L, ...) what (S, ...) holds of them."""
+        return jax.lax.dynamic_slice_in_dim(x, self.at, self.length)
+
+    def own(self, new: jax.Array, other: jax.Array | int) -> jax.Array:
+        """(L, ...) new values where rows are the block's own, others where they are not."""
+        if self.inside_l is None:
+            return new
+        return jnp.where(self.inside_l.reshape((-1,) + (1,) * (new.ndim - 1)), new, other)
+
+    def write(self, x: jax.Array, new: jax.Array) -> jax.Array:
+        """(S, ...) with (L, ...) new values where rows are the block's own."""
+        if self.inside_l is not None:
+            new = self.own(new, self.read(x))
+        return jax.lax.dynamic_update_slice_in_dim(x, new, self.at, axis=0)
 
 
 class Place(NamedTuple):
@@ -82,8 +91,8 @@ class Blocks:
             # or not.
             at = jnp.minimum(place.start + i, self.num_rows - length)
             row_l = at + jnp.arange(length)
-            inside_l1 = ((row_l >= place.start) & (row_l < place.start + rest))[:, None]
-            return block(Window(at, length, None if self.exact else inside_l1), True, carry)
+            inside_l = (row_l >= place.start) & (row_l < place.start + rest)
+            return block(Window(at, length, None if self.exact else inside_l), True, carry)
 
         # Loops of one step or none: a conditional would copy what it carries.
         shorter = -1 if empty_too else 0

@@ -1,6 +1,6 @@
 """Rows to the devices that host their experts and back: what expert parallelism adds to the experts.
 
-`mixture` asks two functions of the experts, `batched` and `grouped`. `ExchangedExperts` offers the same two on every
+`mixture` needs two functions of the experts, `batched` and `grouped`. `ExchangedExperts` offers the same two on every
 device for all experts: it ships the rows, lets the experts at hand work on what arrives, and ships the answers back.
 So every dispatch is also a parallel one.
 
@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from moe_jax.dispatch import ExpertFunctions, Layout, layout
+from moe_jax.dispatch import ExpertFunctions
+from moe_jax.layout import Layout, Sent, layout, taken
 from moe_jax.routing import Routing
 
 Move = Callable[["Exchange", "Sizes", jax.Array], jax.Array]
@@ -105,7 +106,7 @@ class Exchange:
 
 
 @struct.dataclass
-class ExchangedExperts:
+class ExchangedExperts(ExpertFunctions):
     """All experts, as seen from one device.
 
     Attributes:
@@ -125,8 +126,6 @@ class ExchangedExperts:
 
     def grouped(self, x_sd: jax.Array, sizes_e: jax.Array) -> jax.Array:
         """Rows sorted by place, `sizes_e` each: (S, D) to (S, D). Rows beyond the last place's are undefined."""
-        if self.exchange.size == 1:
-            return self.local.grouped(x_sd, sizes_e)
         sent_gm = sizes_e.reshape(self.exchange.size, self.exchange.per_device)
         sizes = Sizes(
             sent_gm=sent_gm,
@@ -136,6 +135,12 @@ class ExchangedExperts:
         )
         y_rd = self.local.grouped(ship(self.exchange, sizes, x_sd), sizes.received_gm.sum(0))
         return ship_back(self.exchange, sizes, y_rd)
+
+    def mixed(self, x_td: jax.Array, sent: Sent, sizes: jax.Array | int) -> jax.Array:
+        """As in `ExpertFunctions`: by way of a buffer, unless all experts are at hand."""
+        if self.exchange.size == 1:
+            return self.local.mixed(x_td, sent, sizes)
+        return super().mixed(x_td, sent, sizes)
 
 
 @struct.dataclass
@@ -226,20 +231,16 @@ def _pieces_before(end_gm: jax.Array, place_r: jax.Array) -> jax.Array:
     return (end_gm[..., None, :] <= place_r1).sum(-1, dtype=jnp.int32)
 
 
-def _rows(x_sd: jax.Array, index: jax.Array) -> jax.Array:
-    return jnp.take(x_sd, index, axis=0, mode="fill", fill_value=0)
-
-
 def _ship_padded(exchange: Exchange, sizes: Sizes, x_sd: jax.Array) -> jax.Array:
     outgoing, incoming = _layouts(sizes)
-    arrived_rd = exchange.all_to_all(_rows(x_sd, outgoing.assignment_s), split_axis=0, concat_axis=0)
-    return _rows(arrived_rd, incoming.assignment_s)
+    arrived_rd = exchange.all_to_all(taken(x_sd, outgoing.assignment_s), split_axis=0, concat_axis=0)
+    return taken(arrived_rd, incoming.assignment_s)
 
 
 def _ship_back_padded(exchange: Exchange, sizes: Sizes, y_rd: jax.Array) -> jax.Array:
     outgoing, incoming = _layouts(sizes)
-    returned_rd = exchange.all_to_all(_rows(y_rd, incoming.row_ta[:, 0]), split_axis=0, concat_axis=0)
-    return _rows(returned_rd, outgoing.row_ta[:, 0])
+    returned_rd = exchange.all_to_all(taken(y_rd, incoming.row_ta[:, 0]), split_axis=0, concat_axis=0)
+    return taken(returned_rd, outgoing.row_ta[:, 0])
 
 
 def _ship_ragged(exchange: Exchange, sizes: Sizes, x_sd: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.grouped import Grouping, OneGroup, Weights, by_group
+from moe_jax.layout import Sent, scaled
 from moe_jax.routing import one_of
 
 Init = Literal["paper", "original"]
@@ -48,18 +49,25 @@ class GEGLU:
     activation: Activation
 
     def hidden(self, grouping: Grouping, weights: HiddenWeights, rows: jax.Array) -> jax.Array:
-        """(..., D) to (..., 2F), values then gates."""
+        """(S, D) to (S, 2F), values then gates."""
         hidden = grouping.product(rows, weights.w_in)
         return hidden if weights.b_in is None else hidden + grouping.each(weights.b_in)
 
-    def output(self, grouping: Grouping, weights: OutputWeights, hidden: jax.Array) -> jax.Array:
-        """(..., 2F) to (..., D)."""
+    def output(
+        self, grouping: Grouping, weights: OutputWeights, hidden: jax.Array, gate_s: jax.Array | None
+    ) -> jax.Array:
+        """(S, 2F) to (S, D), each row times its gate if there are gates."""
         values, gates = jnp.split(hidden, 2, axis=-1)
         gated = values * self.activation(gates)
         if weights.mult_bias is not None:
             gated = gated * grouping.each(weights.mult_bias)
+        # Before the product, of which the gradient with respect to the gate needs nothing then.
+        gated = gated if gate_s is None else scaled(gated, gate_s)
         outputs = grouping.product(gated, weights.w_out)
-        return outputs if weights.b_out is None else outputs + grouping.each(weights.b_out)
+        if weights.b_out is None:
+            return outputs
+        bias = grouping.each(weights.b_out)
+        return outputs + (bias if gate_s is None else scaled(bias, gate_s))
 
 
 def weights_by_half(
@@ -135,7 +143,7 @@ class FeedForward(nnx.Module):
         weights = weights_by_half(x.dtype, self.w_in_df, self.b_in_f, self.mult_bias_f, self.w_out_fd, self.b_out_d)
         layers, one = GEGLU(self.activation), OneGroup()
         hidden_tf = layers.hidden(one, weights.hidden, x.reshape(-1, x.shape[-1]))
-        return layers.output(one, weights.output, hidden_tf).reshape(x.shape)
+        return layers.output(one, weights.output, hidden_tf, None).reshape(x.shape)
 
 
 class Experts(nnx.Module):
@@ -180,17 +188,21 @@ class Experts(nnx.Module):
 
     def batched(self, x_ecd: jax.Array) -> jax.Array:
         """Every expert on its own C rows: (E, C, D) to (E, C, D)."""
-        return self._by_group(x_ecd, None)
+        return self._by_group(x_ecd.reshape(-1, x_ecd.shape[2]), None).reshape(x_ecd.shape)
 
     def grouped(self, x_sd: jax.Array, sizes_e: jax.Array) -> jax.Array:
         """Rows sorted by expert, `sizes_e` each: (S, D) to (S, D). Rows beyond the last expert's are undefined."""
         return self._by_group(x_sd, sizes_e)
 
-    def _by_group(self, x: jax.Array, sizes_e: jax.Array | None) -> jax.Array:
+    def mixed(self, x_td: jax.Array, sent: Sent, sizes: jax.Array | int) -> jax.Array:
+        """Each token's sum over its rows (see `moe_jax.dispatch.ExpertFunctions`)."""
+        return self._by_group(x_td, None if isinstance(sizes, int) else sizes, sent)
+
+    def _by_group(self, x: jax.Array, sizes_e: jax.Array | None, sent: Sent | None = None) -> jax.Array:
         weights = weights_by_half(
             x.dtype, self.w_in_edf, self.b_in_ef, self.mult_bias_ef, self.w_out_efd, self.b_out_ed
         )
-        return by_group(GEGLU(self.activation), weights, x, sizes_e, recompute=self.recompute)
+        return by_group(GEGLU(self.activation), weights, x, sizes_e, sent=sent, recompute=self.recompute)
 
 
 def initial_weights(

@@ -10,9 +10,10 @@ blocks of rows:
     blocks  [       0       ]
                       [       1       ]
 
-Where a block is longer than what is left of its group, what it makes of the rows behind is thrown away. The hidden
-states of a block are used while they are in the processor's cache, and those of all rows are kept for the gradient
-only, unless it is to compute them again.
+Where a block is longer than what is left of its group, its last rows are zero and what becomes of them is dropped. A
+block takes its rows from the tokens and adds to the sums of the tokens, so that no buffer holds all rows. Its hidden
+states are used while they are in the processor's cache; those of all rows are kept for the gradient only, unless it
+is to compute them again.
 """
 
 from functools import partial
@@ -22,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.blocks import Blocks, Place, Window, blocks_of_equal_groups, blocks_of_groups
+from moe_jax.layout import Layout, Sent, collect, scaled, spread, taken
 
 
 class Weights(NamedTuple):
@@ -31,12 +33,32 @@ class Weights(NamedTuple):
     output: Any
 
 
+class Rows(NamedTuple):
+    """(S, D) rows, and what each is multiplied with before and after: (S,), or None for not at all."""
+
+    x: jax.Array
+    weight_s: jax.Array | None
+    gate_s: jax.Array | None
+
+
 class Operands(NamedTuple):
-    """What is computed from, as in `by_group`."""
+    """What is computed from, as in `by_group`. With a layout, `rows.x` are the (T, D) tokens that are in the rows."""
 
     weights: Weights
-    rows: jax.Array
+    rows: Rows
     sizes_e: jax.Array | None
+    layout: Layout | None
+
+    @property
+    def num_rows(self) -> int:
+        """S."""
+        return len(self.rows.x if self.layout is None else self.layout.assignment_s)
+
+    @property
+    def no_sums(self) -> jax.Array:
+        """Outputs to add to. Made of the input: on a mesh it is a device's own, as what a loop starts with must be."""
+        x = self.rows.x
+        return jnp.zeros_like(x, x.dtype if self.layout is None else jnp.promote_types(x.dtype, jnp.float32))
 
 
 class Grouping(Protocol):
@@ -55,11 +77,11 @@ class TwoLayers(Protocol):
     """A feed-forward in two halves. Hashable."""
 
     def hidden(self, grouping: Grouping, weights: Any, rows: jax.Array) -> jax.Array:
-        """(..., D) to (..., F)."""
+        """(S, D) to (S, F)."""
         ...
 
-    def output(self, grouping: Grouping, weights: Any, hidden: jax.Array) -> jax.Array:
-        """(..., F) to (..., D)."""
+    def output(self, grouping: Grouping, weights: Any, hidden: jax.Array, gate_s: jax.Array | None) -> jax.Array:
+        """(S, F) to (S, D), each row times its gate if there are gates."""
         ...
 
 
@@ -76,15 +98,19 @@ class OneGroup:
 
 
 class EqualGroups:
-    """(E, C, ...) rows: every group has C."""
+    """(S, ...) rows sorted by group, S / E each."""
+
+    def __init__(self, num_rows: int) -> None:
+        self.num_rows = num_rows
 
     def product(self, rows: jax.Array, weights: jax.Array) -> jax.Array:
         """As in `Grouping`."""
-        return jnp.matmul(rows, weights)
+        by_group = rows.reshape(len(weights), -1, rows.shape[1])
+        return jnp.matmul(by_group, weights).reshape(self.num_rows, -1)
 
     def each(self, vectors: jax.Array) -> jax.Array:
         """As in `Grouping`."""
-        return vectors[:, None]
+        return jnp.repeat(vectors, self.num_rows // len(vectors), axis=0)
 
 
 class SortedGroups:
@@ -108,25 +134,34 @@ class SortedGroups:
 
 
 def by_group(
-    layers: TwoLayers, weights: Weights, rows: jax.Array, sizes_e: jax.Array | None, *, recompute: bool = False
+    layers: TwoLayers,
+    weights: Weights,
+    x: jax.Array,
+    sizes_e: jax.Array | None,
+    *,
+    sent: Sent | None = None,
+    recompute: bool = False,
 ) -> jax.Array:
     """Each row through the feed-forward of its group. Can be differentiated once, in reverse.
 
     Args:
       layers: the feed-forward. Static.
       weights: of its halves, each array with a leading axis of E groups.
-      rows: (E, C, D), or (S, D) sorted by group.
-      sizes_e: (E,) int32, rows per group where they are sorted, else None. Their sum may be less than S.
+      x: (S, D) rows sorted by group; or, with `sent`, (T, D) tokens.
+      sizes_e: (E,) int32, rows per group; None where every group has S / E. Their sum may be less than S.
+      sent: which token each row is, and what it is multiplied with.
       recompute: whether the gradient computes the hidden states again, and none are kept for it. Static.
 
     Returns:
-      The shape and dtype of `rows`. Rows beyond the last group are undefined, here and in the gradient with respect to
-      `rows`; whatever they hold, nothing else depends on it.
+      (S, D) in the dtype of `x`. Rows beyond the last group are undefined, here and in the gradient with respect to
+      `x`; whatever they hold, nothing else depends on it. With `sent`, (T, D) sums of each token's rows, in at least
+      float32.
     """
-    if rows.size == 0:
+    rows = Rows(x, None, None) if sent is None else Rows(x, sent.weight_s, sent.gate_s)
+    operands = Operands(weights, rows, sizes_e, None if sent is None else sent.layout)
+    if operands.num_rows == 0:
         # No block is so short.
-        return rows
-    operands = Operands(weights, rows, sizes_e)
+        return operands.no_sums
     # Under `jax.shard_map`, all are made to differ between the same devices: a sum of gradients over devices is then
     # taken here, once, and not in each block, of which devices have different numbers.
     axes = frozenset().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(operands)))
@@ -140,9 +175,7 @@ def by_group(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _by_group(layers: TwoLayers, recompute: bool, operands: Operands) -> jax.Array:
-    return jax.lax.platform_dependent(
-        operands, cpu=partial(outputs_in_blocks, layers), default=partial(outputs_at_once, layers)
-    )
+    return _forward(layers, True, operands)[0]
 
 
 # What is kept for the gradient: the hidden states are None where they are to be computed again.
@@ -150,10 +183,10 @@ Saved = tuple[Operands, jax.Array | None]
 
 
 def _forward(layers: TwoLayers, recompute: bool, operands: Operands) -> tuple[jax.Array, Saved]:
-    if recompute:
-        return _by_group(layers, recompute, operands), (operands, None)
     hidden, outputs = jax.lax.platform_dependent(
-        operands, cpu=partial(both_in_blocks, layers), default=partial(both_at_once, layers)
+        operands,
+        cpu=partial(forward_in_blocks, layers, not recompute),
+        default=partial(forward_at_once, layers, not recompute),
     )
     return outputs, (operands, hidden)
 
@@ -162,141 +195,147 @@ def _backward(layers: TwoLayers, recompute: bool, saved: Saved, outputs_bar: jax
     weights_bar, rows_bar = jax.lax.platform_dependent(
         *saved, outputs_bar, cpu=partial(gradients_in_blocks, layers), default=partial(gradients_at_once, layers)
     )
-    return (Operands(weights_bar, rows_bar, None),)
+    return (Operands(weights_bar, rows_bar, None, None),)
 
 
 _by_group.defvjp(_forward, _backward)
 
 
-def outputs_at_once(layers: TwoLayers, operands: Operands) -> jax.Array:
-    """The outputs, where an accelerator computes them."""
-    return both_at_once(layers, operands)[1]
+def _hidden(layers: TwoLayers, grouping: Grouping, weights: Any, rows: Rows) -> jax.Array:
+    return layers.hidden(grouping, weights, rows.x if rows.weight_s is None else scaled(rows.x, rows.weight_s))
 
 
-def both_at_once(layers: TwoLayers, operands: Operands) -> tuple[jax.Array, jax.Array]:
-    """Hidden states and outputs, where an accelerator computes them."""
-    return _both(layers, _grouping(operands), operands.weights, operands.rows)
-
-
-def gradients_at_once(
-    layers: TwoLayers, operands: Operands, hidden: jax.Array | None, outputs_bar: jax.Array
-) -> tuple[Weights, jax.Array]:
-    """The gradients of weights and rows, where an accelerator computes them."""
-    rows = operands.rows
-    if hidden is None:
-        # Not at once with the forward pass, of whose product XLA would see that it is the same.
-        rows, outputs_bar = jax.lax.optimization_barrier((rows, outputs_bar))
-    return _gradients(layers, _grouping(operands), operands.weights, rows, hidden, outputs_bar)
-
-
-def _grouping(operands: Operands) -> Grouping:
-    return EqualGroups() if operands.sizes_e is None else SortedGroups(operands.sizes_e, len(operands.rows))
-
-
-def _both(layers: TwoLayers, grouping: Grouping, weights: Weights, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-    hidden = layers.hidden(grouping, weights.hidden, rows)
-    return hidden, layers.output(grouping, weights.output, hidden).astype(rows.dtype)
+def _both(layers: TwoLayers, grouping: Grouping, rows: Rows, weights: Weights) -> tuple[jax.Array, jax.Array]:
+    """Hidden states and outputs."""
+    hidden = _hidden(layers, grouping, weights.hidden, rows)
+    return hidden, layers.output(grouping, weights.output, hidden, rows.gate_s).astype(rows.x.dtype)
 
 
 def _gradients(
     layers: TwoLayers,
     grouping: Grouping,
+    rows: Rows,
     weights: Weights,
-    rows: jax.Array,
     hidden: jax.Array | None,
     outputs_bar: jax.Array,
-) -> tuple[Weights, jax.Array]:
+) -> tuple[Weights, Rows]:
+    first_half = partial(_hidden, layers, grouping)
     if hidden is None:
-        hidden = layers.hidden(grouping, weights.hidden, rows)
-    outputs, pull = jax.vjp(partial(layers.output, grouping), weights.output, hidden)
-    output_weights_bar, hidden_bar = pull(outputs_bar.astype(outputs.dtype))
-    hidden_weights_bar, rows_bar = jax.vjp(partial(layers.hidden, grouping), weights.hidden, rows)[1](hidden_bar)
-    return Weights(hidden_weights_bar, output_weights_bar), rows_bar
+        hidden = first_half(weights.hidden, rows)
+    outputs, pull = jax.vjp(partial(layers.output, grouping), weights.output, hidden, rows.gate_s)
+    output_weights_bar, hidden_bar, gate_bar_s = pull(outputs_bar.astype(outputs.dtype))
+    hidden_weights_bar, rows_bar = jax.vjp(first_half, weights.hidden, rows)[1](hidden_bar)
+    return Weights(hidden_weights_bar, output_weights_bar), rows_bar._replace(gate_s=gate_bar_s)
 
 
-def _cut(operands: Operands) -> tuple[Blocks, jax.Array, Place]:
-    """Blocks, (S, D) rows, and the place of each group."""
-    weights, rows, sizes_e = operands
-    num_groups = len(jax.tree.leaves(weights)[0])
-    rows_sd = rows.reshape(-1, rows.shape[-1])
+def _at_once(operands: Operands) -> tuple[Grouping, Rows]:
+    """How the rows meet their weights, and the rows."""
+    _, rows, sizes_e, layout = operands
+    grouping = EqualGroups(operands.num_rows) if sizes_e is None else SortedGroups(sizes_e, operands.num_rows)
+    return grouping, rows if layout is None else rows._replace(x=spread(layout, rows.x))
+
+
+def forward_at_once(layers: TwoLayers, keep: bool, operands: Operands) -> tuple[jax.Array | None, jax.Array]:
+    """Hidden states, if they are to be kept, and outputs, where an accelerator computes them."""
+    hidden, outputs = _both(layers, *_at_once(operands), operands.weights)
+    return hidden if keep else None, outputs if operands.layout is None else collect(operands.layout, outputs)
+
+
+def gradients_at_once(
+    layers: TwoLayers, operands: Operands, hidden: jax.Array | None, outputs_bar: jax.Array
+) -> tuple[Weights, Rows]:
+    """The gradients of weights and rows, where an accelerator computes them."""
+    if hidden is None:
+        # Not at once with the forward pass, of whose product XLA would see that it is the same.
+        rows, outputs_bar = jax.lax.optimization_barrier((operands.rows, outputs_bar))
+        operands = operands._replace(rows=rows)
+    layout, x = operands.layout, operands.rows.x
+    bar_sd = outputs_bar if layout is None else spread(layout, outputs_bar)
+    weights_bar, bars = _gradients(layers, *_at_once(operands), operands.weights, hidden, bar_sd)
+    return weights_bar, bars if layout is None else bars._replace(x=collect(layout, bars.x).astype(x.dtype))
+
+
+def _cut(operands: Operands) -> tuple[Blocks, Place]:
+    """Blocks, and the place of each group."""
+    sizes_e, num_rows, num_groups = operands.sizes_e, operands.num_rows, len(jax.tree.leaves(operands.weights)[0])
     if sizes_e is not None:
-        return blocks_of_groups(num_groups, len(rows_sd)), rows_sd, Place(jnp.cumsum(sizes_e) - sizes_e, sizes_e)
-    size = rows.shape[1]
+        return blocks_of_groups(num_groups, num_rows), Place(jnp.cumsum(sizes_e) - sizes_e, sizes_e)
+    size = num_rows // num_groups
     # Sizes that XLA does not know: of a single block it would make a part of the loop over groups, where it copies the
     # second half's weights while it multiplies by the first's, a third slower.
     size_e = jax.lax.optimization_barrier(jnp.full(num_groups, size, jnp.int32))
-    return blocks_of_equal_groups(num_groups, size), rows_sd, Place(jnp.arange(num_groups) * size, size_e)
+    return blocks_of_equal_groups(num_groups, size), Place(jnp.arange(num_groups) * size, size_e)
 
 
-def outputs_in_blocks(layers: TwoLayers, operands: Operands) -> jax.Array:
-    """The outputs, where a CPU computes them."""
-    blocks, rows_sd, places = _cut(operands)
+def _read(operands: Operands, window: Window) -> tuple[jax.Array, Rows]:
+    """(L,) where in the input a block's rows are, beyond its end where they are not the block's own; and the rows."""
+    x, *factors = operands.rows
+    index_l = window.rows_l if operands.layout is None else window.read(operands.layout.token_s)
+    index_l = window.own(index_l, len(x))
+    return index_l, Rows(taken(x, index_l), *jax.tree.map(window.read, factors))
 
-    def group(outputs_sd: jax.Array, inputs: tuple[Weights, Place]) -> tuple[jax.Array, None]:
+
+def forward_in_blocks(layers: TwoLayers, keep: bool, operands: Operands) -> tuple[jax.Array | None, jax.Array]:
+    """Hidden states, if they are to be kept, and outputs, where a CPU computes them."""
+    blocks, places = _cut(operands)
+
+    def group(carry: tuple[jax.Array | None, jax.Array], inputs: tuple[Weights, Place]) -> tuple[Any, None]:
         weights, place = inputs
 
-        def block(window: Window, first: bool, outputs_sd: jax.Array) -> jax.Array:
-            # Outputs take the place of the rows they are made of.
-            _, outputs_ld = _both(layers, OneGroup(), weights, window.read(outputs_sd))
-            return window.write(outputs_sd, outputs_ld)
+        def block(
+            window: Window, first: bool, carry: tuple[jax.Array | None, jax.Array]
+        ) -> tuple[jax.Array | None, jax.Array]:
+            hidden_sf, sums = carry
+            index_l, rows = _read(operands, window)
+            hidden_lf, outputs_ld = _both(layers, OneGroup(), rows, weights)
+            if hidden_sf is not None:
+                hidden_sf = window.write(hidden_sf, hidden_lf)
+            return hidden_sf, sums.at[index_l].add(outputs_ld.astype(sums.dtype), mode="drop")
 
-        return blocks.each(place, block, outputs_sd), None
+        return blocks.each(place, block, carry), None
 
-    return jax.lax.scan(group, rows_sd, (operands.weights, places))[0].reshape(operands.rows.shape)
-
-
-def both_in_blocks(layers: TwoLayers, operands: Operands) -> tuple[jax.Array, jax.Array]:
-    """Hidden states and outputs, where a CPU computes them."""
-    blocks, rows_sd, places = _cut(operands)
-
-    def group(both: tuple[jax.Array, jax.Array], inputs: tuple[Weights, Place]) -> tuple[Any, None]:
-        weights, place = inputs
-
-        def block(window: Window, first: bool, both: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            hidden_lf, outputs_ld = _both(layers, OneGroup(), weights, window.read(rows_sd))
-            return window.write(both[0], hidden_lf), window.write(both[1], outputs_ld)
-
-        return blocks.each(place, block, both), None
-
-    first_group = jax.tree.map(lambda weight: weight[0], operands.weights.hidden)
-    hidden = jax.eval_shape(partial(layers.hidden, OneGroup()), first_group, rows_sd)
-    # Zeros like the rows: on a mesh they are another device's own, and so must a loop's start be.
-    start = jnp.zeros_like(rows_sd, hidden.dtype, shape=hidden.shape), jnp.zeros_like(rows_sd)
-    (hidden_sf, outputs_sd), _ = jax.lax.scan(group, start, (operands.weights, places))
-    return hidden_sf.reshape(*operands.rows.shape[:-1], -1), outputs_sd.reshape(operands.rows.shape)
+    no_hidden = None
+    if keep:
+        x, first_group = operands.rows.x, jax.tree.map(lambda weight: weight[0], operands.weights.hidden)
+        hidden = jax.eval_shape(partial(layers.hidden, OneGroup()), first_group, x)
+        no_hidden = jnp.zeros_like(x, hidden.dtype, shape=(operands.num_rows, hidden.shape[1]))
+    return jax.lax.scan(group, (no_hidden, operands.no_sums), (operands.weights, places))[0]
 
 
 def gradients_in_blocks(
     layers: TwoLayers, operands: Operands, hidden: jax.Array | None, outputs_bar: jax.Array
-) -> tuple[Weights, jax.Array]:
+) -> tuple[Weights, Rows]:
     """The gradients of weights and rows, where a CPU computes them."""
-    blocks, rows_sd, places = _cut(operands)
+    blocks, places = _cut(operands)
 
     def read_hidden(window: Window, place: Place) -> jax.Array | None:
         if hidden is None:
             return None
-        hidden_sf = hidden.reshape(-1, hidden.shape[-1])
+        hidden_sf = hidden
         # XLA makes one loop of a slice and the arithmetic behind it, which is not vectorised then; what a branch
         # gives it leaves alone.
         zeros_lf = jnp.zeros_like(hidden_sf, shape=(window.length, hidden_sf.shape[1]))
         return jax.lax.cond(place.size > 0, lambda: window.read(hidden_sf), lambda: zeros_lf)
 
-    def group(carry: tuple[jax.Array, Weights], inputs: tuple[Weights, Place]) -> tuple[Any, Weights]:
+    def group(carry: tuple[Rows, Weights], inputs: tuple[Weights, Place]) -> tuple[Any, Weights]:
         weights, place = inputs
 
-        def block(window: Window, first: bool, carry: tuple[jax.Array, Weights]) -> tuple[jax.Array, Weights]:
-            # Of outputs before the block, of rows after it.
-            bar_sd, sums = carry
-            rows_ld, bar_ld, hidden_lf = window.read(rows_sd), window.read(bar_sd), read_hidden(window, place)
-            summands, rows_bar_ld = _gradients(layers, OneGroup(), weights, rows_ld, hidden_lf, bar_ld)
+        def block(window: Window, first: bool, carry: tuple[Rows, Weights]) -> tuple[Rows, Weights]:
+            (x_bar, *factors_bar), sums = carry
+            index_l, rows = _read(operands, window)
+            bar_ld = taken(outputs_bar, index_l)
+            summands, new = _gradients(layers, OneGroup(), rows, weights, read_hidden(window, place), bar_ld)
             sums = jax.tree.map(lambda total, new: new.astype(total.dtype) if first else total + new, sums, summands)
-            return window.write(bar_sd, rows_bar_ld), sums
+            x_bar = x_bar.at[index_l].add(new.x.astype(x_bar.dtype), mode="drop")
+            return Rows(x_bar, *jax.tree.map(window.write, factors_bar, list(new[1:]))), sums
 
         # The first block sets the sums, so that a group need not begin with zeros.
-        bar_sd, sums = blocks.each(place, block, carry, empty_too=True)
-        return (bar_sd, sums), jax.tree.map(lambda total, weight: total.astype(weight.dtype), sums, weights)
+        bars, sums = blocks.each(place, block, carry, empty_too=True)
+        return (bars, sums), jax.tree.map(lambda total, weight: total.astype(weight.dtype), sums, weights)
 
-    sums = jax.tree.map(lambda x: jnp.zeros_like(x[0], jnp.promote_types(x.dtype, jnp.float32)), operands.weights)
-    start = outputs_bar.reshape(rows_sd.shape), sums
-    (rows_bar_sd, _), weights_bar = jax.lax.scan(group, start, (operands.weights, places))
-    return weights_bar, rows_bar_sd.reshape(operands.rows.shape)
+    def zeros(x: jax.Array) -> jax.Array:
+        return jnp.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32))
+
+    start = jax.tree.map(zeros, operands.rows), jax.tree.map(lambda weight: zeros(weight[0]), operands.weights)
+    (bars, _), weights_bar = jax.lax.scan(group, start, (operands.weights, places))
+    return weights_bar, jax.tree.map(lambda bar, x: bar.astype(x.dtype), bars, operands.rows)

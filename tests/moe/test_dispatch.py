@@ -1,5 +1,6 @@
 """The three dispatches give one answer, in outputs and in every gradient."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -10,12 +11,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import moe_jax.experts
 from moe_jax import Experts, Routing, grouped, mixture, token_groups
 from moe_jax.blocks import Blocks, blocks_of_equal_groups, blocks_of_groups
-from moe_jax.dispatch import Dispatch, dispatch_weight, layout, sorted_rows
+from moe_jax.dispatch import Dispatch, ExpertFunctions, dispatch_weight, sorted_rows
 from moe_jax.experts import GEGLU, HiddenWeights, OutputWeights, gelu
-from moe_jax.grouped import OneGroup, Operands, Weights, by_group
+from moe_jax.grouped import OneGroup, Operands, Rows, Weights, by_group
+from moe_jax.layout import Sent, collect, layout, sent, spread
 from tests.moe.meshes import mesh_of
 from tests.moe.support import assert_trees_close, assign_slots, choice, hidden_states
 
@@ -40,6 +41,19 @@ def experts(**options: Any) -> Experts:
     return jax.jit(lambda: Experts(EXPERTS, DIM, 5, rngs=nnx.Rngs(0), init="original", **options))()
 
 
+@dataclasses.dataclass(frozen=True)
+class ThroughABuffer(ExpertFunctions):
+    """Experts that get their rows, and give them, in a buffer: as on another device, and as an accelerator's."""
+
+    experts: Experts
+
+    def batched(self, x_ecd: jax.Array) -> jax.Array:
+        return self.experts.batched(x_ecd)
+
+    def grouped(self, x_sd: jax.Array, sizes_e: jax.Array) -> jax.Array:
+        return self.experts.grouped(x_sd, sizes_e)
+
+
 @cache
 def dense_value_and_gradients(
     capacity_factor: float | None, *, straight_through: bool = False, bias: bool = True
@@ -48,13 +62,18 @@ def dense_value_and_gradients(
 
 
 def value_and_gradients(
-    dispatch: Dispatch, capacity_factor: float | None, *, straight_through: bool = False, bias: bool = True
+    dispatch: Dispatch,
+    capacity_factor: float | None,
+    *,
+    straight_through: bool = False,
+    bias: bool = True,
+    through: Callable[[Experts], ExpertFunctions] = lambda experts: experts,
 ) -> Any:
     """Outputs, and the gradients of the experts, the input and the gates."""
 
     def loss(experts: Experts, x_td: jax.Array, gate_ta: jax.Array) -> tuple[jax.Array, jax.Array]:
         routing = routing_of(gate_ta, capacity_factor=capacity_factor)
-        out_td = mixture(x_td, routing, experts, dispatch=dispatch, straight_through=straight_through)
+        out_td = mixture(x_td, routing, through(experts), dispatch=dispatch, straight_through=straight_through)
         return jnp.sum(out_td**2), out_td
 
     gate_ta = uniform(6)
@@ -64,9 +83,15 @@ def value_and_gradients(
 
 @pytest.mark.parametrize(("capacity_factor", "straight_through"), [(1.0, False), (1.0, True), (None, True)])
 @pytest.mark.parametrize("dispatch", ["index", "ragged"])
-def test_equal_to_dense(dispatch: Dispatch, capacity_factor: float | None, straight_through: bool):
+@pytest.mark.parametrize("through", [lambda experts: experts, ThroughABuffer], ids=["tokens", "buffer"])
+def test_equal_to_dense(
+    dispatch: Dispatch,
+    capacity_factor: float | None,
+    straight_through: bool,
+    through: Callable[[Experts], ExpertFunctions],
+):
     dense = dense_value_and_gradients(capacity_factor, straight_through=straight_through)
-    other = value_and_gradients(dispatch, capacity_factor, straight_through=straight_through)
+    other = value_and_gradients(dispatch, capacity_factor, straight_through=straight_through, through=through)
     assert float(jnp.abs(jax.tree.leaves(dense)[0]).max()) > 0.1
     assert_trees_close(other, dense, relative=1e-5)
 
@@ -89,7 +114,7 @@ def test_the_drops_in_these_tests_are_real():
 def test_mixture_by_hand():
     """Experts that multiply by 1, 2, 3 and 4: the output is the input times the gated sum."""
 
-    class Times:
+    class Times(ExpertFunctions):
         def batched(self, x_ecd: jax.Array) -> jax.Array:
             return x_ecd * jnp.arange(1.0, 5.0)[:, None, None]
 
@@ -112,12 +137,9 @@ def test_straight_through_is_exact_in_floating_point_and_passes_the_gradient():
     # What it replaces is not exact: (1 + g) - g.
     assert (((1 + gate_ta) - gate_ta) != 1).any()
 
-    def weights(gate_ta: jax.Array) -> jax.Array:
-        return dispatch_weight(routing_of(gate_ta, capacity_factor=1.0), True)
-
-    np.testing.assert_array_equal(jax.jit(weights)(gate_ta), np.ones((TOKENS, 3)))
-    kept_ta = routing_of(gate_ta, capacity_factor=1.0).keep_ta
-    np.testing.assert_array_equal(jax.grad(lambda gate_ta: weights(gate_ta).sum())(gate_ta), kept_ta)
+    np.testing.assert_array_equal(jax.jit(dispatch_weight)(gate_ta), np.ones((TOKENS, 3)))
+    gradient_ta = jax.grad(lambda gate_ta: dispatch_weight(gate_ta).sum())(gate_ta)
+    np.testing.assert_array_equal(gradient_ta, np.ones((TOKENS, 3)))
 
 
 def test_straight_through_changes_no_output():
@@ -126,7 +148,7 @@ def test_straight_through_changes_no_output():
     assert float(jnp.abs(plain[0][2] - with_it[0][2]).max()) > 1e-3
 
 
-def test_tails_full_of_nan_reach_nothing(monkeypatch: pytest.MonkeyPatch):
+def test_tails_full_of_nan_reach_nothing():
     """Rows beyond the last group are NaN when the experts get them, and NaN come back from there both ways."""
 
     @jax.custom_vjp
@@ -138,12 +160,12 @@ def test_tails_full_of_nan_reach_nothing(monkeypatch: pytest.MonkeyPatch):
         lambda sizes_e, bar_sd: (poison(bar_sd, sizes_e), None),
     )
 
-    def poisoned(layers: GEGLU, weights: Any, rows: jax.Array, sizes_e: jax.Array, *, recompute: bool) -> jax.Array:
-        return poison(by_group(layers, weights, poison(rows, sizes_e), sizes_e, recompute=recompute), sizes_e)
+    class Poisoned(ThroughABuffer):
+        def grouped(self, x_sd: jax.Array, sizes_e: jax.Array) -> jax.Array:
+            return poison(super().grouped(poison(x_sd, sizes_e), sizes_e), sizes_e)
 
-    wanted = dense_value_and_gradients(2.0)
-    monkeypatch.setattr(moe_jax.experts, "by_group", poisoned)
-    assert_trees_close(value_and_gradients("ragged", 2.0), wanted, relative=1e-5)
+    poisoned = value_and_gradients("ragged", 2.0, through=Poisoned)
+    assert_trees_close(poisoned, dense_value_and_gradients(2.0), relative=1e-5)
     # The tails are there: more rows than assignments kept.
     row_ta, keep_ta, num_rows = sorted_rows(routing_of(jnp.ones((TOKENS, 3)), capacity_factor=2.0))
     assert int(keep_ta.sum()) < num_rows
@@ -153,7 +175,7 @@ def test_tails_full_of_nan_reach_nothing(monkeypatch: pytest.MonkeyPatch):
 def test_empty_slots_full_of_nan_reach_nothing():
     """An expert that answers NaN wherever it was given nothing."""
 
-    class Poisoned:
+    class Poisoned(ExpertFunctions):
         def batched(self, x_ecd: jax.Array) -> jax.Array:
             return jnp.where((x_ecd == 0).all(-1, keepdims=True), jnp.nan, x_ecd)
 
@@ -193,15 +215,21 @@ def weights() -> Weights:
 def row_by_row(weights: Any, rows_sd: jax.Array, group_s: jax.Array) -> jax.Array:
     def row(weights: Any, row_d: jax.Array) -> jax.Array:
         hidden_1f = LAYERS.hidden(OneGroup(), weights.hidden, row_d[None])
-        return LAYERS.output(OneGroup(), weights.output, hidden_1f)[0]
+        return LAYERS.output(OneGroup(), weights.output, hidden_1f, None)[0]
 
     return jax.vmap(row)(jax.tree.map(lambda weight: weight[group_s], weights), rows_sd)
 
 
-def answers(call: Callable[[Any, jax.Array], jax.Array], rows: jax.Array, bar: jax.Array) -> tuple[Any, ...]:
+def answers(call: Callable[..., jax.Array], rows: Any, bar: jax.Array) -> tuple[Any, ...]:
     """Outputs, and the gradients of weights and rows."""
     outputs, pull = jax.vjp(call, weights(), rows)
     return outputs, *pull(bar)
+
+
+def at_once(layers: GEGLU, recompute: bool, operands: Operands, bar: jax.Array) -> Any:
+    """What accelerators compute, and a CPU can too, only slowly: as `answers`, and the gradients of the factors."""
+    hidden, outputs = grouped.forward_at_once(layers, not recompute, operands)
+    return outputs, *grouped.gradients_at_once(layers, operands, hidden, bar)
 
 
 @jax.jit
@@ -225,22 +253,15 @@ def in_blocks_and_by_rows(rows_sd: jax.Array, bar_sd: jax.Array, sizes_e: jax.Ar
 
 def assert_close(got: Any, wanted: Any) -> None:
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(one, other.reshape(one.shape), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("rows", "sizes"),
-    [
-        (300, [5, 0, 31, 33]),
-        (300, [0, 0, 0, 0]),
-        (300, [0, 0, 300, 0]),
-        (300, [160, 1, 139, 0]),
-        (300, [0, 139, 0, 161]),
-        (3, [2, 0, 0, 1]),
-    ],
-)
+# Sizes around the longest block, empty groups, no row at all, tails.
+SIZES_OF_300 = [[5, 0, 31, 33], [0, 0, 0, 0], [0, 0, 300, 0], [160, 1, 139, 0], [0, 139, 0, 161]]
+
+
+@pytest.mark.parametrize(("rows", "sizes"), [*((300, sizes) for sizes in SIZES_OF_300), (3, [2, 0, 0, 1])])
 def test_groups_in_blocks(rows: int, sizes: list[int]):
-    """Sizes around the longest block, empty groups, no row at all, tails."""
     assert blocks_of_groups(4, 300).lengths[-1] == 160
     assert_close(*in_blocks_and_by_rows(hidden_states(rows, 5), hidden_states(rows, 5, seed=3), jnp.asarray(sizes)))
 
@@ -252,7 +273,7 @@ def test_groups_of_one_size(size: int):
     rows_sd, bar_sd = hidden_states(4 * size, 5), hidden_states(4 * size, 5, seed=3)
 
     def equal(weights: Any, rows_sd: jax.Array) -> jax.Array:
-        return jnp.reshape(by_group(LAYERS, weights, rows_sd.reshape(4, size, 5), None), (-1, 5))
+        return by_group(LAYERS, weights, rows_sd, None)
 
     group_s = jnp.repeat(jnp.arange(4), size)
     got, wanted = (
@@ -262,30 +283,91 @@ def test_groups_of_one_size(size: int):
     assert_close(equal(weights(), rows_sd), wanted[0])
 
 
+def sent_tokens(used_s: np.ndarray, factors: tuple[jax.Array, jax.Array | None]) -> Sent:
+    """Two assignments of each token in the rows in use, in any order, as many as there is room for."""
+    generator = np.random.default_rng(7)
+    tokens = len(factors[0])
+    row_ta = np.full(2 * tokens, len(used_s), np.int32)
+    rows = np.flatnonzero(used_s)
+    row_ta[generator.permutation(2 * tokens)[: len(rows)]] = generator.permutation(rows)[: 2 * tokens]
+    where = layout(
+        jnp.asarray(row_ta).reshape(tokens, 2), jnp.asarray(row_ta < len(used_s)).reshape(tokens, 2), len(used_s)
+    )
+    return sent(where, *factors)
+
+
+@pytest.mark.parametrize("weighted", [True, False], ids=["weighted", ""])
+@pytest.mark.parametrize("sizes", [*SIZES_OF_300, None], ids=str)
+def test_groups_of_tokens(sizes: list[int] | None, weighted: bool):
+    """Rows that come from tokens and go back there: outputs, and the gradients of weights, tokens and factors."""
+    # Groups of one size have empty rows anywhere.
+    used_s = np.random.default_rng(8).random(300) < 0.8 if sizes is None else np.arange(300) < sum(sizes)
+    sizes_e = None if sizes is None else jnp.asarray(sizes)
+    group_s = jnp.repeat(jnp.arange(4), jnp.asarray(sizes or [75] * 4), total_repeat_length=300)
+    x_td, bar_td = hidden_states(160, 5), hidden_states(160, 5, seed=3)
+    gate_ta, weight_ta = (jnp.asarray(np.random.default_rng(seed).random((160, 2), np.float32)) for seed in (1, 2))
+    inputs = x_td, (gate_ta, weight_ta if weighted else None)
+
+    def by_groups(weights: Any, inputs: Any) -> jax.Array:
+        x_td, factors = inputs
+        return by_group(LAYERS, weights, x_td, sizes_e, sent=sent_tokens(used_s, factors))
+
+    def by_rows(weights: Any, inputs: Any) -> jax.Array:
+        x_td, factors = inputs
+        moved = sent_tokens(used_s, factors)
+        y_sd = row_by_row(weights, moved.spread(x_td), group_s) * moved.gate_s[:, None]
+        return jnp.zeros_like(x_td).at[moved.layout.token_s].add(y_sd, mode="drop")
+
+    got, wanted = (jax.jit(partial(answers, call))(inputs, bar_td) for call in (by_groups, by_rows))
+    assert_close(got, wanted)
+
+    @jax.jit
+    def of_accelerators(inputs: Any, bar_td: jax.Array) -> list[Any]:
+        x_td, factors = inputs
+
+        def gradients(recompute: bool) -> Any:
+            moved, pull = jax.vjp(partial(sent_tokens, used_s), factors)
+            operands = Operands(weights(), Rows(x_td, moved.weight_s, moved.gate_s), sizes_e, moved.layout)
+            total_td, weights_bar, bars = at_once(LAYERS, recompute, operands, bar_td)
+            no_layout = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), moved.layout)
+            (factors_bar,) = pull(Sent(layout=no_layout, gate_s=bars.gate_s, weight_s=bars.weight_s))
+            return total_td, weights_bar, (bars.x, factors_bar)
+
+        return [gradients(recompute) for recompute in (False, True)]
+
+    for other in of_accelerators(inputs, bar_td):
+        assert_close(other, wanted)
+
+
+def test_spreading_and_collecting_are_each_others_transpose():
+    row_ta = np.asarray([[3, 0], [6, 4], [1, 6]])
+    where = layout(jnp.asarray(row_ta), jnp.asarray(row_ta < 6), 6)
+    x_td, y_sd = hidden_states(3, 5), hidden_states(6, 5, seed=2)
+    np.testing.assert_array_equal(
+        spread(where, x_td), jnp.stack([x_td[0], x_td[2], 0 * x_td[0], x_td[0], x_td[1], 0 * x_td[0]])
+    )
+    np.testing.assert_array_equal(collect(where, y_sd), jnp.stack([y_sd[3] + y_sd[0], y_sd[4], y_sd[1]]))
+    np.testing.assert_array_equal(jax.vjp(partial(spread, where), x_td)[1](y_sd)[0], collect(where, y_sd))
+    np.testing.assert_array_equal(jax.vjp(partial(collect, where), y_sd)[1](x_td)[0], spread(where, x_td))
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("sizes", [[7, 0, 20, 11], None], ids=["sorted", "equal"])
 def test_what_accelerators_compute(sizes: list[int] | None, recompute: bool):
-    """All groups at once, which a CPU can do too, only slowly; tails of NaN there as well."""
+    """All groups at once; tails of NaN there as well."""
     used = 40 if sizes is None else sum(sizes)
     group_s = jnp.repeat(jnp.arange(4), jnp.asarray(sizes or [10] * 4))
     rows_sd, bar_sd = (hidden_states(40, 5, seed=seed).at[used:].set(jnp.nan) for seed in (0, 3))
     sizes_e = None if sizes is None else jnp.asarray(sizes)
-    rows, bar = (x_sd if sizes else x_sd.reshape(4, 10, 5) for x_sd in (rows_sd, bar_sd))
-
-    @jax.jit
-    def at_once(rows: jax.Array, bar: jax.Array) -> Any:
-        operands = Operands(weights(), rows, sizes_e)
-        hidden, outputs = grouped.both_at_once(LAYERS, operands)
-        return outputs, *grouped.gradients_at_once(LAYERS, operands, None if recompute else hidden, bar)
-
-    outputs, weights_bar, rows_bar = at_once(rows, bar)
-    got = outputs.reshape(-1, 5)[:used], weights_bar, rows_bar.reshape(-1, 5)[:used]
+    operands = Operands(weights(), Rows(rows_sd, None, None), sizes_e, None)
+    outputs, weights_bar, bars = jax.jit(partial(at_once, LAYERS, recompute))(operands, bar_sd)
+    got = outputs[:used], weights_bar, bars.x[:used]
     assert_close(got, answers(partial(row_by_row, group_s=group_s), rows_sd[:used], bar_sd[:used]))
 
 
 @pytest.mark.parametrize("sizes", [[0, 160, 1, 139], None], ids=["sorted", "equal"])
 def test_hidden_states_computed_again_give_the_same_gradients(sizes: list[int] | None):
-    rows, bar = (hidden_states(*((300, 5) if sizes else (4, 75, 5)), seed=seed) for seed in (0, 3))
+    rows, bar = (hidden_states(300, 5, seed=seed) for seed in (0, 3))
     sizes_e = None if sizes is None else jnp.asarray(sizes)
 
     def of(recompute: bool) -> Callable[[Any, jax.Array], jax.Array]:
@@ -305,11 +387,16 @@ def scratch_bytes(program: Any) -> int:
 
 
 def test_no_rows_at_all():
-    def total(weights: Any, rows: jax.Array, sizes_e: jax.Array | None) -> jax.Array:
-        return jnp.sum(by_group(LAYERS, weights, rows, sizes_e))
+    def total(weights: Any, x: jax.Array, sizes_e: jax.Array | None, sent: Sent | None) -> jax.Array:
+        return jnp.sum(by_group(LAYERS, weights, x, sizes_e, sent=sent))
 
-    for rows, sizes_e in ((jnp.zeros((4, 0, 5)), None), (jnp.zeros((0, 5)), jnp.zeros(4, jnp.int32))):
-        value, gradient = jax.value_and_grad(total)(weights(), rows, sizes_e)
+    none, nowhere = jnp.zeros((0, 5)), sent_tokens(np.zeros(0, bool), (jnp.ones((3, 2)), None))
+    for x, sizes_e, moved in (
+        (none, None, None),
+        (none, jnp.zeros(4, jnp.int32), None),
+        (jnp.ones((3, 5)), None, nowhere),
+    ):
+        value, gradient = jax.value_and_grad(total)(weights(), x, sizes_e, moved)
         assert value == 0
         assert not any(leaf.any() for leaf in jax.tree.leaves(gradient))
 
@@ -336,18 +423,24 @@ def test_weights_that_devices_share_in_a_shard_map_of_ones_own():
 
 @pytest.mark.parametrize("rows", [4096, 16384])
 def test_memory_of_a_forward_is_that_of_few_blocks_of_hidden_states(rows: int):
-    """However many experts and rows there are: weights of one expert, rows, and less than two blocks."""
+    """However many experts and rows there are: weights of one expert, and less than two blocks; no buffer of rows."""
     dim, hidden = 16, 64
+    tokens = rows // 2
 
     def scratch(num_experts: int) -> int:
         of_hidden = HiddenWeights(jnp.ones((num_experts, dim, 2 * hidden)), None)
         stacked = Weights(of_hidden, OutputWeights(None, jnp.ones((num_experts, hidden, dim)), None))
         sizes_e = jnp.full(num_experts, rows // num_experts)
-        compiled = jax.jit(partial(by_group, LAYERS)).lower(stacked, jnp.ones((rows, dim)), sizes_e).compile()
-        return scratch_bytes(compiled)
+        where = layout(jnp.arange(rows).reshape(tokens, 2), jnp.ones((tokens, 2), bool), rows)
+        moved = Sent(where, jnp.ones(rows), None)
 
-    all_rows, hidden_states_of_all = rows * dim * 4, rows * 2 * hidden * 4
+        def forward(weights: Weights, x_td: jax.Array, moved: Sent) -> jax.Array:
+            return by_group(LAYERS, weights, x_td, sizes_e, sent=moved)
+
+        return scratch_bytes(jax.jit(forward).lower(stacked, jnp.ones((tokens, dim)), moved).compile())
+
+    numbers_of_rows = 4 * rows * 4
     for num_experts in (2, 64):
         block = blocks_of_groups(num_experts, rows).lengths[-1] * (3 * hidden + 2 * dim) * 4
         expert = 3 * dim * hidden * 4
-        assert scratch(num_experts) < all_rows + 2 * block + expert < all_rows + hidden_states_of_all
+        assert scratch(num_experts) < 2 * block + expert + numbers_of_rows < 2 * block + expert + rows * dim * 4
