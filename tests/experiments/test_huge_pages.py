@@ -1,0 +1,38 @@
+"""Scripts start with huge pages, where nobody has chosen otherwise."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from experiments.huge_pages import VARIABLE
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="of Linux only")
+
+
+def seen_by_a_child(*arguments: str, given: str | None) -> str:
+    """What the variable is in a process that one with these arguments starts."""
+    environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
+    environment |= {} if given is None else {VARIABLE: given}
+    show = "import os, sys; print(os.environ.get(sys.argv[1]), sys.argv[2:])"
+    command = [sys.executable, *arguments, sys.executable, "-c", show, VARIABLE, "one argument", "another"]
+    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+
+
+SCRIPT = "-m", "experiments.launch", "--processes", "1", "--"
+NO_SCRIPT = "-c", "import experiments, subprocess, sys; subprocess.run(sys.argv[1:], check=True)"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given", "seen"),
+    [
+        (SCRIPT, None, "glibc.malloc.hugetlb=1"),
+        (("-u", *SCRIPT), None, "glibc.malloc.hugetlb=1"),
+        (SCRIPT, "", ""),
+        (SCRIPT, "glibc.malloc.check=0", "glibc.malloc.check=0"),
+        (NO_SCRIPT, None, "None"),
+    ],
+)
+def test_huge_pages(arguments: tuple[str, ...], given: str | None, seen: str):
+    assert seen_by_a_child(*arguments, given=given) == f"{seen} ['one argument', 'another']\n"
