@@ -89,10 +89,11 @@ class Blocks:
         def first_block(i: jax.Array, carry: Any, length: int) -> Any:
             # `i` is 0, but XLA is not to know: it would compute what does not depend on it whether there is a block
             # or not.
-            at = jnp.minimum(place.start + i, self.num_rows - length)
-            row_l = at + jnp.arange(length)
-            inside_l = (row_l >= place.start) & (row_l < place.start + rest)
-            return block(Window(at, length, None if self.exact else inside_l), True, carry)
+            window = Window(jnp.minimum(place.start + i, self.num_rows - length), length, None)
+            if not self.exact:
+                row_l = window.rows_l
+                window = window._replace(inside_l=(row_l >= place.start) & (row_l < place.start + rest))
+            return block(window, True, carry)
 
         # Loops of one step or none: a conditional would copy what it carries.
         shorter = -1 if empty_too else 0

@@ -62,12 +62,8 @@ class GEGLU:
         if weights.mult_bias is not None:
             gated = gated * grouping.each(weights.mult_bias)
         # Before the product, of which the gradient with respect to the gate needs nothing then.
-        gated = gated if gate_s is None else scaled(gated, gate_s)
-        outputs = grouping.product(gated, weights.w_out)
-        if weights.b_out is None:
-            return outputs
-        bias = grouping.each(weights.b_out)
-        return outputs + (bias if gate_s is None else scaled(bias, gate_s))
+        outputs = grouping.product(scaled(gated, gate_s), weights.w_out)
+        return outputs if weights.b_out is None else outputs + scaled(grouping.each(weights.b_out), gate_s)
 
 
 def weights_by_half(

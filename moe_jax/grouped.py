@@ -202,7 +202,7 @@ _by_group.defvjp(_forward, _backward)
 
 
 def _hidden(layers: TwoLayers, grouping: Grouping, weights: Any, rows: Rows) -> jax.Array:
-    return layers.hidden(grouping, weights, rows.x if rows.weight_s is None else scaled(rows.x, rows.weight_s))
+    return layers.hidden(grouping, weights, scaled(rows.x, rows.weight_s))
 
 
 def _both(layers: TwoLayers, grouping: Grouping, rows: Rows, weights: Weights) -> tuple[jax.Array, jax.Array]:

@@ -80,8 +80,7 @@ class Sent:
 
     def spread(self, x_td: jax.Array) -> jax.Array:
         """(S, D) what the experts get."""
-        x_sd = spread(self.layout, x_td)
-        return x_sd if self.weight_s is None else scaled(x_sd, self.weight_s)
+        return scaled(spread(self.layout, x_td), self.weight_s)
 
 
 def sent(where: Layout, gate_ta: jax.Array, weight_ta: jax.Array | None) -> Sent:
@@ -93,6 +92,9 @@ def sent(where: Layout, gate_ta: jax.Array, weight_ta: jax.Array | None) -> Sent
     return Sent(layout=where, gate_s=by_row(gate_ta), weight_s=None if weight_ta is None else by_row(weight_ta))
 
 
-def scaled(x_sd: jax.Array, factor_s: jax.Array) -> jax.Array:
-    """(S, D): each row times its factor, multiplied (and summed, in the gradient of the factor) in the wider dtype."""
-    return (x_sd * factor_s[:, None]).astype(x_sd.dtype)
+def scaled(x_sd: jax.Array, factor_s: jax.Array | None) -> jax.Array:
+    """(S, D): each row times its factor, if there are factors.
+
+    Multiplied, and summed in the gradient of the factors, in the wider dtype.
+    """
+    return x_sd if factor_s is None else (x_sd * factor_s[:, None]).astype(x_sd.dtype)

@@ -1,0 +1,250 @@
+"""Feed-forwards on groups of rows: in blocks, as a CPU computes them, and at once, as accelerators do."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import grouped
+from moe_jax.blocks import Blocks, blocks_of_equal_groups, blocks_of_groups
+from moe_jax.experts import GEGLU, HiddenWeights, OutputWeights, gelu
+from moe_jax.grouped import OneGroup, Operands, Rows, Weights, by_group
+from moe_jax.layout import Sent, layout, sent
+from tests.moe.meshes import mesh_of
+from tests.moe.support import hidden_states
+
+LAYERS = GEGLU(gelu)
+
+
+def weights() -> Weights:
+    """Of four experts."""
+    shapes = {"w_in": (4, 5, 6), "b_in": (4, 6), "mult_bias": (4, 3), "w_out": (4, 3, 5), "b_out": (4, 5)}
+    made = {name: hidden_states(*shape, seed=seed) for seed, (name, shape) in enumerate(shapes.items())}
+    output = OutputWeights(made["mult_bias"], made["w_out"], made["b_out"])
+    return Weights(HiddenWeights(made["w_in"], made["b_in"]), output)
+
+
+def row_by_row(weights: Any, rows_sd: jax.Array, group_s: jax.Array) -> jax.Array:
+    def row(weights: Any, row_d: jax.Array) -> jax.Array:
+        hidden_1f = LAYERS.hidden(OneGroup(), weights.hidden, row_d[None])
+        return LAYERS.output(OneGroup(), weights.output, hidden_1f, None)[0]
+
+    return jax.vmap(row)(jax.tree.map(lambda weight: weight[group_s], weights), rows_sd)
+
+
+def answers(call: Callable[..., jax.Array], rows: Any, bar: jax.Array) -> tuple[Any, ...]:
+    """Outputs, and the gradients of weights and rows."""
+    outputs, pull = jax.vjp(call, weights(), rows)
+    return outputs, *pull(bar)
+
+
+def at_once(layers: GEGLU, recompute: bool, operands: Operands, bar: jax.Array) -> Any:
+    """What accelerators compute, and a CPU can too, only slowly: as `answers`, and the gradients of the factors."""
+    hidden, outputs = grouped.forward_at_once(layers, not recompute, operands)
+    return outputs, *grouped.gradients_at_once(layers, operands, hidden, bar)
+
+
+@jax.jit
+def in_blocks_and_by_rows(rows_sd: jax.Array, bar_sd: jax.Array, sizes_e: jax.Array) -> tuple[Any, Any]:
+    """The same twice, the first time with NaN beyond the last group: answers, and outputs without a gradient."""
+    used_s1 = (jnp.arange(len(rows_sd)) < sizes_e.sum())[:, None]
+    group_s = jnp.repeat(jnp.arange(4), sizes_e, total_repeat_length=len(rows_sd))
+
+    def answers_and_outputs(call: Callable[[Any, jax.Array], jax.Array], beyond: float) -> Any:
+        rows, bar = (jnp.where(used_s1, x_sd, beyond) for x_sd in (rows_sd, bar_sd))
+        outputs, weights_bar, rows_bar = answers(call, rows, bar)
+        of_rows = (jnp.where(used_s1, x_sd, 0) for x_sd in (outputs, rows_bar, call(weights(), rows)))
+        return weights_bar, *of_rows
+
+    blocks = partial(by_group, LAYERS)
+    return (
+        answers_and_outputs(lambda weights, rows_sd: blocks(weights, rows_sd, sizes_e), jnp.nan),
+        answers_and_outputs(partial(row_by_row, group_s=group_s), 0),
+    )
+
+
+def assert_close(got: Any, wanted: Any) -> None:
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+# Sizes around the longest block, empty groups, no row at all, tails.
+SIZES_OF_300 = [[5, 0, 31, 33], [0, 0, 0, 0], [0, 0, 300, 0], [160, 1, 139, 0], [0, 139, 0, 161]]
+
+
+@pytest.mark.parametrize(("rows", "sizes"), [*((300, sizes) for sizes in SIZES_OF_300), (3, [2, 0, 0, 1])])
+def test_groups_in_blocks(rows: int, sizes: list[int]):
+    assert blocks_of_groups(4, 300).lengths[-1] == 160
+    assert_close(*in_blocks_and_by_rows(hidden_states(rows, 5), hidden_states(rows, 5, seed=3), jnp.asarray(sizes)))
+
+
+@pytest.mark.parametrize("size", [3, 641, 642])
+def test_groups_of_one_size(size: int):
+    """In one block each, in two that do not divide them, and in two that do."""
+    assert blocks_of_equal_groups(4, size) == Blocks(4 * size, (3,) if size == 3 else (321,), exact=size != 641)
+    rows_sd, bar_sd = hidden_states(4 * size, 5), hidden_states(4 * size, 5, seed=3)
+
+    def equal(weights: Any, rows_sd: jax.Array) -> jax.Array:
+        return by_group(LAYERS, weights, rows_sd, None)
+
+    group_s = jnp.repeat(jnp.arange(4), size)
+    got, wanted = (
+        jax.jit(partial(answers, call))(rows_sd, bar_sd) for call in (equal, partial(row_by_row, group_s=group_s))
+    )
+    assert_close(got, wanted)
+    assert_close(equal(weights(), rows_sd), wanted[0])
+
+
+def sent_tokens(used_s: np.ndarray, factors: tuple[jax.Array, jax.Array | None]) -> Sent:
+    """Two assignments of each token in the rows in use, in any order, as many as there is room for."""
+    generator = np.random.default_rng(7)
+    tokens = len(factors[0])
+    row_ta = np.full(2 * tokens, len(used_s), np.int32)
+    rows = np.flatnonzero(used_s)
+    row_ta[generator.permutation(2 * tokens)[: len(rows)]] = generator.permutation(rows)[: 2 * tokens]
+    where = layout(
+        jnp.asarray(row_ta).reshape(tokens, 2), jnp.asarray(row_ta < len(used_s)).reshape(tokens, 2), len(used_s)
+    )
+    return sent(where, *factors)
+
+
+@pytest.mark.parametrize("weighted", [True, False], ids=["weighted", ""])
+@pytest.mark.parametrize("sizes", [*SIZES_OF_300, None], ids=str)
+def test_groups_of_tokens(sizes: list[int] | None, weighted: bool):
+    """Rows that come from tokens and go back there: outputs, and the gradients of weights, tokens and factors."""
+    # Groups of one size have empty rows anywhere.
+    used_s = np.random.default_rng(8).random(300) < 0.8 if sizes is None else np.arange(300) < sum(sizes)
+    sizes_e = None if sizes is None else jnp.asarray(sizes)
+    group_s = jnp.repeat(jnp.arange(4), jnp.asarray(sizes or [75] * 4), total_repeat_length=300)
+    x_td, bar_td = hidden_states(160, 5), hidden_states(160, 5, seed=3)
+    gate_ta, weight_ta = (jnp.asarray(np.random.default_rng(seed).random((160, 2), np.float32)) for seed in (1, 2))
+    inputs = x_td, (gate_ta, weight_ta if weighted else None)
+
+    def by_groups(weights: Any, inputs: Any) -> jax.Array:
+        x_td, factors = inputs
+        return by_group(LAYERS, weights, x_td, sizes_e, sent=sent_tokens(used_s, factors))
+
+    def by_rows(weights: Any, inputs: Any) -> jax.Array:
+        x_td, factors = inputs
+        moved = sent_tokens(used_s, factors)
+        y_sd = row_by_row(weights, moved.spread(x_td), group_s) * moved.gate_s[:, None]
+        return jnp.zeros_like(x_td).at[moved.layout.token_s].add(y_sd, mode="drop")
+
+    got, wanted = (jax.jit(partial(answers, call))(inputs, bar_td) for call in (by_groups, by_rows))
+    assert_close(got, wanted)
+
+    @jax.jit
+    def of_accelerators(inputs: Any, bar_td: jax.Array) -> list[Any]:
+        x_td, factors = inputs
+
+        def gradients(recompute: bool) -> Any:
+            moved, pull = jax.vjp(partial(sent_tokens, used_s), factors)
+            operands = Operands(weights(), Rows(x_td, moved.weight_s, moved.gate_s), sizes_e, moved.layout)
+            total_td, weights_bar, bars = at_once(LAYERS, recompute, operands, bar_td)
+            no_layout = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), moved.layout)
+            (factors_bar,) = pull(Sent(layout=no_layout, gate_s=bars.gate_s, weight_s=bars.weight_s))
+            return total_td, weights_bar, (bars.x, factors_bar)
+
+        return [gradients(recompute) for recompute in (False, True)]
+
+    for other in of_accelerators(inputs, bar_td):
+        assert_close(other, wanted)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("sizes", [[7, 0, 20, 11], None], ids=["sorted", "equal"])
+def test_what_accelerators_compute(sizes: list[int] | None, recompute: bool):
+    """All groups at once; tails of NaN there as well."""
+    used = 40 if sizes is None else sum(sizes)
+    group_s = jnp.repeat(jnp.arange(4), jnp.asarray(sizes or [10] * 4))
+    rows_sd, bar_sd = (hidden_states(40, 5, seed=seed).at[used:].set(jnp.nan) for seed in (0, 3))
+    sizes_e = None if sizes is None else jnp.asarray(sizes)
+    operands = Operands(weights(), Rows(rows_sd, None, None), sizes_e, None)
+    outputs, weights_bar, bars = jax.jit(partial(at_once, LAYERS, recompute))(operands, bar_sd)
+    got = outputs[:used], weights_bar, bars.x[:used]
+    assert_close(got, answers(partial(row_by_row, group_s=group_s), rows_sd[:used], bar_sd[:used]))
+
+
+@pytest.mark.parametrize("sizes", [[0, 160, 1, 139], None], ids=["sorted", "equal"])
+def test_hidden_states_computed_again_give_the_same_gradients(sizes: list[int] | None):
+    rows, bar = (hidden_states(300, 5, seed=seed) for seed in (0, 3))
+    sizes_e = None if sizes is None else jnp.asarray(sizes)
+
+    def of(recompute: bool) -> Callable[[Any, jax.Array], jax.Array]:
+        return lambda weights, rows: by_group(LAYERS, weights, rows, sizes_e, recompute=recompute)
+
+    programs = [jax.jit(partial(answers, of(recompute))).lower(rows, bar).compile() for recompute in (False, True)]
+    kept, again = (program(rows, bar) for program in programs)
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6), again, kept)
+    # Of 300 rows, 6 numbers of 4 bytes.
+    assert scratch_bytes(programs[0]) - scratch_bytes(programs[1]) > 0.9 * 300 * 6 * 4
+
+
+def scratch_bytes(program: Any) -> int:
+    memory = program.memory_analysis()
+    assert memory is not None
+    return memory.temp_size_in_bytes
+
+
+def test_no_rows_at_all():
+    def total(weights: Any, x: jax.Array, sizes_e: jax.Array | None, sent: Sent | None) -> jax.Array:
+        return jnp.sum(by_group(LAYERS, weights, x, sizes_e, sent=sent))
+
+    none, nowhere = jnp.zeros((0, 5)), sent_tokens(np.zeros(0, bool), (jnp.ones((3, 2)), None))
+    for x, sizes_e, moved in (
+        (none, None, None),
+        (none, jnp.zeros(4, jnp.int32), None),
+        (jnp.ones((3, 5)), None, nowhere),
+    ):
+        value, gradient = jax.value_and_grad(total)(weights(), x, sizes_e, moved)
+        assert value == 0
+        assert not any(leaf.any() for leaf in jax.tree.leaves(gradient))
+
+
+def test_weights_that_devices_share_in_a_shard_map_of_ones_own():
+    """Devices with groups of different sizes, which the weights' gradient is summed over, once."""
+    mesh = mesh_of(2, 1)
+    rows_sd, sizes_e = hidden_states(40, 5), jnp.asarray([20, 0, 0, 0, 1, 2, 3, 4])
+
+    def loss(weights: Any, rows_sd: jax.Array, sizes_e: jax.Array) -> jax.Array:
+        used_s1 = (jnp.arange(len(rows_sd)) < sizes_e.sum())[:, None]
+        return jnp.sum(jnp.where(used_s1, by_group(LAYERS, weights, rows_sd, sizes_e), 0) ** 2)
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=(jax.P(), jax.P("data"), jax.P("data")), out_specs=jax.P())
+    def over_devices(weights: Any, rows_sd: jax.Array, sizes_e: jax.Array) -> jax.Array:
+        return jax.lax.psum(loss(weights, rows_sd, sizes_e), "data")
+
+    def one_by_one(weights: Any, rows_sd: jax.Array, sizes_e: jax.Array) -> jax.Array:
+        return loss(weights, rows_sd[:20], sizes_e[:4]) + loss(weights, rows_sd[20:], sizes_e[4:])
+
+    got, wanted = (jax.jit(jax.grad(f))(weights(), rows_sd, sizes_e) for f in (over_devices, one_by_one))
+    assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("rows", [4096, 16384])
+def test_memory_of_a_forward_is_that_of_few_blocks_of_hidden_states(rows: int):
+    """However many experts and rows there are: weights of one expert, and less than two blocks; no buffer of rows."""
+    dim, hidden = 16, 64
+    tokens = rows // 2
+
+    def scratch(num_experts: int) -> int:
+        of_hidden = HiddenWeights(jnp.ones((num_experts, dim, 2 * hidden)), None)
+        stacked = Weights(of_hidden, OutputWeights(None, jnp.ones((num_experts, hidden, dim)), None))
+        sizes_e = jnp.full(num_experts, rows // num_experts)
+        where = layout(jnp.arange(rows).reshape(tokens, 2), jnp.ones((tokens, 2), bool), rows)
+        moved = Sent(where, jnp.ones(rows), None)
+
+        def forward(weights: Weights, x_td: jax.Array, moved: Sent) -> jax.Array:
+            return by_group(LAYERS, weights, x_td, sizes_e, sent=moved)
+
+        return scratch_bytes(jax.jit(forward).lower(stacked, jnp.ones((tokens, dim)), moved).compile())
+
+    numbers_of_rows = 4 * rows * 4
+    for num_experts in (2, 64):
+        block = blocks_of_groups(num_experts, rows).lengths[-1] * (3 * hidden + 2 * dim) * 4
+        expert = 3 * dim * hidden * 4
+        assert scratch(num_experts) < 2 * block + expert + numbers_of_rows < 2 * block + expert + rows * dim * 4
