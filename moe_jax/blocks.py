@@ -70,8 +70,6 @@ class Blocks:
         place: Place,
         block: Callable[[Window, bool, Any], Any],
         carry: Any,
-        *,
-        empty_too: bool = False,
     ) -> Any:
         """`block(window, first, carry)` for the blocks of a group, one after the other.
 
@@ -80,7 +78,6 @@ class Blocks:
           block: gives the next carry. `first` is a static bool, true for the block that takes the rest, which is the
             first and may be the only one.
           carry: what the first block gets.
-          empty_too: whether an empty group has a block as well, with no row of its own.
         """
         longest = self.lengths[-1]
         whole = jnp.maximum(place.size - 1, 0) // longest
@@ -96,7 +93,7 @@ class Blocks:
             return block(window, True, carry)
 
         # Loops of one step or none: a conditional would copy what it carries.
-        shorter = -1 if empty_too else 0
+        shorter = 0
         for length in self.lengths:
             there = ((rest > shorter) & (rest <= length)).astype(jnp.int32)
             carry = jax.lax.fori_loop(0, there, partial(first_block, length=length), carry)

@@ -317,25 +317,31 @@ def gradients_in_blocks(
         zeros_lf = jnp.zeros_like(hidden_sf, shape=(window.length, hidden_sf.shape[1]))
         return jax.lax.cond(place.size > 0, lambda: window.read(hidden_sf), lambda: zeros_lf)
 
-    def group(carry: tuple[Rows, Weights], inputs: tuple[Weights, Place]) -> tuple[Any, Weights]:
-        weights, place = inputs
+    def group(carry: tuple[Weights, Rows], inputs: tuple[jax.Array, Weights, Place]) -> tuple[Any, None]:
+        e, weights, place = inputs
 
-        def block(window: Window, first: bool, carry: tuple[Rows, Weights]) -> tuple[Rows, Weights]:
-            (x_bar, *factors_bar), sums = carry
+        def block(window: Window, first: bool, carry: tuple[Weights, Rows]) -> tuple[Weights, Rows]:
+            weights_bar, (x_bar, *factors_bar) = carry
             index_l, rows = _read(operands, window)
             bar_ld = taken(outputs_bar, index_l)
             summands, new = _gradients(layers, OneGroup(), rows, weights, read_hidden(window, place), bar_ld)
-            sums = jax.tree.map(lambda total, new: new.astype(total.dtype) if first else total + new, sums, summands)
-            x_bar = x_bar.at[index_l].add(new.x.astype(x_bar.dtype), mode="drop")
-            return Rows(x_bar, *jax.tree.map(window.write, factors_bar, list(new[1:]))), sums
 
-        # The first block sets the sums, so that a group need not begin with zeros.
-        bars, sums = blocks.each(place, block, carry, empty_too=True)
-        return (bars, sums), jax.tree.map(lambda total, weight: total.astype(weight.dtype), sums, weights)
+            # The first block sets the sums: the zeros there need not be read.
+            def add(sums: jax.Array, summand: jax.Array) -> jax.Array:
+                summand = summand.astype(sums.dtype)
+                return sums.at[e].set(summand) if first else sums.at[e].add(summand)
+
+            x_bar = x_bar.at[index_l].add(new.x.astype(x_bar.dtype), mode="drop")
+            factors_bar = jax.tree.map(window.write, factors_bar, list(new[1:]))
+            return jax.tree.map(add, weights_bar, summands), Rows(x_bar, *factors_bar)
+
+        return blocks.each(place, block, carry), None
 
     def zeros(x: jax.Array) -> jax.Array:
         return jnp.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32))
 
-    start = jax.tree.map(zeros, operands.rows), jax.tree.map(lambda weight: zeros(weight[0]), operands.weights)
-    (bars, _), weights_bar = jax.lax.scan(group, start, (operands.weights, places))
-    return weights_bar, jax.tree.map(lambda bar, x: bar.astype(x.dtype), bars, operands.rows)
+    differentiated = operands.weights, operands.rows
+    start = jax.tree.map(zeros, differentiated)
+    number_e = jnp.arange(len(places.size))
+    bars, _ = jax.lax.scan(group, start, (number_e, operands.weights, places))
+    return jax.tree.map(lambda bar, x: bar.astype(x.dtype), bars, differentiated)
