@@ -60,11 +60,12 @@ class Results(NamedTuple):
 
 
 def results(cases: Sequence[Case]) -> list[Results]:
-    """Every case in one compiled program."""
-    return _results(list(cases))
+    """Each case in a compiled program of its own: one of all takes longer to compile than these together."""
+    return [_results(case) for case in cases]
 
 
-def _one(case: Case) -> Results:
+@jax.jit
+def _results(case: Case) -> Results:
     def loss(moe: MoE, x: jax.Array) -> tuple[jax.Array, MoEOutput]:
         out = moe(x, train=True, mask=case.mask, key=case.key)
         # The auxiliary losses are made to weigh as much as the outputs.
@@ -72,9 +73,6 @@ def _one(case: Case) -> Results:
 
     gradients, out = jax.grad(loss, argnums=(0, 1), has_aux=True)(case.moe, case.x)
     return Results(out, *gradients)
-
-
-_results = jax.jit(lambda cases: [_one(case) for case in cases])
 
 
 def worst_errors(got: Results, wanted: Results) -> dict[str, float]:
