@@ -15,12 +15,12 @@ Axis letters, last in the names of arrays:
 
 from moe_jax.config import MoEConfig
 from moe_jax.coordinate_descent import CoordinateDescent, relaxed_top_k
-from moe_jax.dispatch import mixture
+from moe_jax.dispatch import ExpertFunctions, mixture
 from moe_jax.expert_choice import ExpertChoice
 from moe_jax.experts import Experts, FeedForward
-from moe_jax.interop import block_from_torch, moe_from_torch
+from moe_jax.interop import block_from_torch, config_from_torch, moe_from_torch
 from moe_jax.layer import MoE, MoEOutput, RMSNorm, SparseMoEBlock
-from moe_jax.losses import Metrics, RouterTotals, balance_loss, router_totals, router_z_loss
+from moe_jax.losses import Metrics, RouterTotals, balance_loss, metrics, router_totals, router_z_loss
 from moe_jax.router_bias import RouterBias, updated_router_bias
 from moe_jax.routing import Choice, Router, RouterInputs, Routing, TopN
 from moe_jax.sharding import param_shardings, token_sharding
@@ -31,6 +31,7 @@ __all__ = [
     "Choice",
     "CoordinateDescent",
     "ExpertChoice",
+    "ExpertFunctions",
     "Experts",
     "FeedForward",
     "Metrics",
@@ -50,6 +51,8 @@ __all__ = [
     "balance_loss",
     "block_from_torch",
     "capacity",
+    "config_from_torch",
+    "metrics",
     "mixture",
     "moe_from_torch",
     "param_shardings",

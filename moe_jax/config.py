@@ -2,12 +2,14 @@
 
 import dataclasses
 import operator
+from typing import Any
 
 import jax.numpy as jnp
 
+from moe_jax.checks import flag, instance, number, one_of, positive, whole
 from moe_jax.dispatch import DISPATCHES, Dispatch
 from moe_jax.experts import Activation, Init, gelu
-from moe_jax.routing import Router, SlotOrder, TopN, one_of
+from moe_jax.routing import Router, SlotOrder, TopN
 from moe_jax.slots import SLOT_ORDERS
 
 
@@ -23,7 +25,8 @@ class MoEConfig:
       capacity_factor_eval: the same, in evaluation.
       min_capacity: lower bound on the slots per expert (never more than there are tokens in the group).
       group_size: tokens that share a capacity: "batch", "sequence" or a number.
-      slot_order: who gets the slots: "token" (causal), "choice" or "priority"; see `assign_slots`.
+      slot_order: who gets the slots: "token" (causal in groups of one sequence: "sequence", or a number that divides
+        it), "choice" or "priority"; see `assign_slots`. A router may have an order of its own, as `ExpertChoice` has.
       dispatch: "dense", "index" or "ragged". "ragged" is dropless: it ignores the capacity, unless the router is
         defined by it. "index" without a capacity is dropless too, but reserves a slot per token and expert.
       dispatch_eval: the same, in evaluation; None is the same as in training. A decoder that trains with a capacity
@@ -79,8 +82,21 @@ class MoEConfig:
     expert_axis: str = "expert"
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "dim", "num_experts", "expert_hidden")
-        _at_least(self, 0, "min_capacity", "gumbel_noise", "balance_coef", "router_z_coef", "num_shared_experts")
+        for name in ("dim", "num_experts"):
+            whole(name, getattr(self, name), 1)
+        for name in ("min_capacity", "num_shared_experts"):
+            whole(name, getattr(self, name), 0)
+        for name in ("gumbel_noise", "balance_coef", "router_z_coef"):
+            number(name, getattr(self, name), 0)
+        for name in ("straight_through", "bias", "mult_bias", "recompute"):
+            flag(name, getattr(self, name))
+        positive("hidden_mult", self.hidden_mult)
+        whole("expert_hidden", self.expert_hidden, 1)
+        instance("router", self.router, Router)
+        if not callable(self.activation):
+            raise ValueError(f"activation must be a function, got {self.activation!r}")
+        if not _floating(self.param_dtype):
+            raise ValueError(f"param_dtype must be floating point, got {self.param_dtype}")
         if self.data_axis == self.expert_axis:
             raise ValueError(f"data_axis and expert_axis must be different names, got {self.data_axis!r} twice")
         one_of("slot_order", self.slot_order, SLOT_ORDERS)
@@ -90,20 +106,18 @@ class MoEConfig:
         if isinstance(self.group_size, str):
             one_of("group_size", self.group_size, ("batch", "sequence"))
         else:
-            try:
-                # An integer of NumPy is one here, and no other thing elsewhere.
-                object.__setattr__(self, "group_size", operator.index(self.group_size))
-            except TypeError:
-                raise ValueError(f"group_size must be a name or an integer, got {self.group_size!r}") from None
-            _at_least(self, 1, "group_size")
-        if not 0 <= self.input_jitter < 1:
-            raise ValueError(f"input_jitter must be in [0, 1), got {self.input_jitter}")
+            whole("group_size", self.group_size, 1)
+            # An integer of NumPy is one here, and no other thing elsewhere.
+            object.__setattr__(self, "group_size", operator.index(self.group_size))
+        number("input_jitter", self.input_jitter, 0)
+        if self.input_jitter >= 1:
+            raise ValueError(f"input_jitter must be below 1, got {self.input_jitter}")
         for name in ("capacity_factor_train", "capacity_factor_eval"):
             factor = getattr(self, name)
             if factor is None and self.router.needs_capacity:
                 raise ValueError(f"{name} must be a number for {type(self.router).__name__}, got None")
-            if factor is not None and not factor > 0:
-                raise ValueError(f"{name} must be positive or None, got {factor}")
+            if factor is not None:
+                positive(name, factor, otherwise=" or None")
         self.router.check(self.num_experts)
 
     @property
@@ -122,7 +136,8 @@ class MoEConfig:
         return self.capacity_factor_train if train else self.capacity_factor_eval
 
 
-def _at_least(config: MoEConfig, least: int, *names: str) -> None:
-    for name in names:
-        if not getattr(config, name) >= least:
-            raise ValueError(f"{name} must be at least {least}, got {getattr(config, name)}")
+def _floating(dtype: Any) -> bool:
+    try:
+        return jnp.issubdtype(dtype, jnp.floating)
+    except TypeError:
+        return False

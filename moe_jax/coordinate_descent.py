@@ -1,10 +1,13 @@
 """Top-n with a differentiable relaxation of the choice: gradients reach experts that were not chosen."""
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
+from moe_jax.checks import number, positive, whole
 from moe_jax.routing import TopN
 
 
@@ -14,7 +17,8 @@ class CoordinateDescent(TopN):
 
     Forward it is `TopN`: the same experts, the same gates with the router's confidence in them, the same thresholds.
     Backward, each gate's score is multiplied by a relaxed indicator of having been chosen, whose gradient reaches
-    every logit of the token.
+    every logit of the token. The indicator knows no groups of experts: with `expert_groups_kept` below
+    `expert_groups` it would relax another choice than the one made, and is refused.
 
     Args:
       iterations: steps of coordinate descent.
@@ -33,18 +37,37 @@ class CoordinateDescent(TopN):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.iterations < 1:
-            raise ValueError(f"iterations must be at least 1, got {self.iterations}")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}")
-        if self.ratio < 1:
-            raise ValueError(f"ratio must be at least 1, got {self.ratio}")
+        whole("iterations", self.iterations, 1)
+        positive("temperature", self.temperature)
+        number("ratio", self.ratio, 1)
+        if self.expert_groups_kept < self.expert_groups:
+            raise ValueError(
+                "expert_groups_kept must be expert_groups for CoordinateDescent, "
+                f"got {self.expert_groups_kept} of {self.expert_groups}"
+            )
 
-    def weights(self, scores_te: jax.Array, selection_te: jax.Array) -> jax.Array:
-        """(T, E) scores, times 1 in the forward pass and the relaxed indicator's gradient in the backward."""
+    def weights(self, scores_te: jax.Array, steered_te: jax.Array) -> jax.Array:
+        """(T, E) the scores; in gradients, times the relaxed indicator."""
         size = min(self.n * self.ratio, scores_te.shape[-1])
-        chosen_te = relaxed_top_k(selection_te, size, iterations=self.iterations, temperature=self.temperature)
-        return scores_te * (1 + (chosen_te - jax.lax.stop_gradient(chosen_te)))
+        indicator = partial(relaxed_top_k, size=size, iterations=self.iterations, temperature=self.temperature)
+        return _chosen(indicator, scores_te, steered_te)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _chosen(indicator: Callable[[jax.Array], jax.Array], scores_te: jax.Array, steered_te: jax.Array) -> jax.Array:
+    """The scores times 1, with the derivative of the scores times the indicator where that is 1."""
+    return scores_te
+
+
+@_chosen.defjvp
+def _chosen_jvp(
+    indicator: Callable[[jax.Array], jax.Array],
+    primals: tuple[jax.Array, jax.Array],
+    tangents: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+    scores_te, steered_te = primals
+    _, indicator_dot = jax.jvp(indicator, (steered_te,), tangents[1:])
+    return scores_te, tangents[0] + scores_te * indicator_dot
 
 
 def relaxed_top_k(scores_te: jax.Array, size: float, *, iterations: int, temperature: float) -> jax.Array:
@@ -58,8 +81,15 @@ def relaxed_top_k(scores_te: jax.Array, size: float, *, iterations: int, tempera
       iterations: updates of the two dual variables. Static.
       temperature: weight of the entropy, in units of the scores.
 
+    Raises:
+      ValueError: an argument is out of range.
+
     Source: CoLT5 2303.09752; Wright 1502.04759.
     """
+    positive("temperature", temperature)
+    whole("iterations", iterations, 1)
+    if not 0 < size <= scores_te.shape[-1]:
+        raise ValueError(f"size must be above 0 and at most the {scores_te.shape[-1]} scores, got {size}")
 
     def shift(cap_te: jax.Array) -> jax.Array:
         total_t1 = jax.nn.logsumexp((scores_te + cap_te) / temperature, axis=-1, keepdims=True)

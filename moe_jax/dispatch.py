@@ -13,8 +13,9 @@ from typing import Literal, Protocol, get_args
 import jax
 import jax.numpy as jnp
 
+from moe_jax.checks import one_of
 from moe_jax.layout import Sent, collect, layout, scaled, sent
-from moe_jax.routing import Routing, one_of
+from moe_jax.routing import Routing
 
 Dispatch = Literal["dense", "index", "ragged"]
 DISPATCHES: tuple[str, ...] = get_args(Dispatch)

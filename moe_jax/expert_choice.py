@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from moe_jax.routing import Choice, Router, RouterInputs, SlotOrder
+from moe_jax.routing import Choice, Router, RouterInputs, SlotOrder, at_least_float32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,8 +37,8 @@ class ExpertChoice(Router):
     def choose(self, inputs: RouterInputs, *, train: bool) -> Choice:
         """Every expert as a candidate of every token; `train` changes nothing."""
         tokens, experts = inputs.logits_te.shape
-        probs_te = jax.nn.softmax(inputs.logits_te)
-        selection_te = jax.nn.softmax(inputs.selection_logits_te)
+        probs_te = jax.nn.softmax(at_least_float32(inputs.logits_te))
+        selection_te = jax.nn.softmax(at_least_float32(inputs.selection_logits_te))
         expert_index_te = jnp.broadcast_to(jnp.arange(experts, dtype=jnp.int32)[None], (tokens, experts))
         return Choice(
             expert_index_ta=expert_index_te,

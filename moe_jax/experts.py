@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe_jax.checks import one_of
 from moe_jax.grouped import Grouping, OneGroup, Weights, by_group
 from moe_jax.layout import Sent, scaled
-from moe_jax.routing import one_of
 
 Init = Literal["paper", "original"]
 Activation = Callable[[jax.Array], jax.Array]

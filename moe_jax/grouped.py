@@ -16,11 +16,13 @@ states are used while they are in the processor's cache; those of all rows are k
 is to compute them again.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import sequential_vmap
 
 from moe_jax.blocks import Blocks, Place, Window, blocks_of_equal_groups, blocks_of_groups
 from moe_jax.layout import Layout, Sent, collect, scaled, spread, taken
@@ -183,22 +185,29 @@ Saved = tuple[Operands, jax.Array | None]
 
 
 def _forward(layers: TwoLayers, recompute: bool, operands: Operands) -> tuple[jax.Array, Saved]:
-    hidden, outputs = jax.lax.platform_dependent(
-        operands,
-        cpu=partial(forward_in_blocks, layers, not recompute),
-        default=partial(forward_at_once, layers, not recompute),
-    )
+    hidden, outputs = _where_it_runs(forward_in_blocks, forward_at_once, (layers, not recompute), operands)
     return outputs, (operands, hidden)
 
 
 def _backward(layers: TwoLayers, recompute: bool, saved: Saved, outputs_bar: jax.Array) -> tuple[Operands]:
-    weights_bar, rows_bar = jax.lax.platform_dependent(
-        *saved, outputs_bar, cpu=partial(gradients_in_blocks, layers), default=partial(gradients_at_once, layers)
-    )
+    weights_bar, rows_bar = _where_it_runs(gradients_in_blocks, gradients_at_once, (layers,), *saved, outputs_bar)
     return (Operands(weights_bar, rows_bar, None, None),)
 
 
 _by_group.defvjp(_forward, _backward)
+
+
+def _where_it_runs(
+    in_blocks: Callable[..., Any], at_once: Callable[..., Any], static: tuple[Any, ...], operands: Operands, *rest: Any
+) -> Any:
+    """One of two functions of the same arguments, on a CPU the first."""
+
+    def compute(*arrays: Any) -> Any:
+        return jax.lax.platform_dependent(*arrays, cpu=partial(in_blocks, *static), default=partial(at_once, *static))
+
+    # Under `jax.vmap`, groups of any size go one batch entry after the other: `ragged_dot` takes no other, and of loops
+    # of different lengths every step would copy what all of them carry.
+    return (compute if operands.sizes_e is None else sequential_vmap(compute))(operands, *rest)
 
 
 def _hidden(layers: TwoLayers, grouping: Grouping, weights: Any, rows: Rows) -> jax.Array:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jax.sharding import Mesh
 
+from moe_jax.checks import flag, instance
 from moe_jax.config import MoEConfig
 from moe_jax.dispatch import ExpertFunctions, mixture
 from moe_jax.experts import Experts, FeedForward, initial_weights
@@ -47,7 +48,7 @@ class MoE(nnx.Module):
     """A mixture of experts.
 
     Weights: `router_de` (D, E), `experts`, `shared` (a feed-forward as wide as all shared experts together, or None)
-    and `router_bias_e` (E,) where the router has one.
+    and `router_bias_e` (E,) where the router has one. Can be differentiated once, in reverse (`jax.grad`, `jax.vjp`).
 
     Args:
       config: see `MoEConfig`.
@@ -89,13 +90,15 @@ class MoE(nnx.Module):
         Args:
           x: (B, N, D) sequences, or (T, D) for one sequence. Any float dtype; routing is at least float32.
           train: whether noise, training policies and training capacity apply. Static.
-          key: a PRNG key, where the configuration asks for randomness.
+          key: a PRNG key, where the configuration asks for randomness. Numbers are drawn for padding too: what it
+            changes is which numbers the other tokens get, and nothing else.
           mask: (B, N) or (T,) bool, false for padding: not routed, without capacity, loss, metric or output.
 
         Raises:
-          ValueError: a shape or dtype does not fit, or the key is missing.
+          ValueError: a shape or dtype does not fit, `train` is no bool, or the key is missing.
         """
-        check_call(self.config, x, mask)
+        check_call(self.config, x, mask, train=train)
+        x = jnp.asarray(x)
         x_td = x.reshape(-1, x.shape[-1])
         mask_t = None if mask is None else mask.reshape(-1)
         if mask_t is not None:
@@ -204,7 +207,7 @@ class SparseMoEBlock(nnx.Module):
       rngs: for the initial weights of the feed-forwards; not kept. Not needed without feed-forwards.
 
     Raises:
-      ValueError: `rngs` is missing.
+      ValueError: `rngs` is missing, or `moe` no `MoE`.
 
     Source: ST-MoE 2202.08906 appendix C: the extra dense layers stabilise training.
     """
@@ -217,6 +220,7 @@ class SparseMoEBlock(nnx.Module):
         add_ff_after: bool = True,
         rngs: nnx.Rngs | None = None,
     ) -> None:
+        instance("moe", moe, MoE)
         config = moe.config
         if rngs is None and (add_ff_before or add_ff_after):
             raise ValueError("rngs must be nnx.Rngs when a feed-forward is added, got None")
@@ -246,13 +250,18 @@ class SparseMoEBlock(nnx.Module):
         self, x: jax.Array, *, train: bool, key: jax.Array | None = None, mask: jax.Array | None = None
     ) -> MoEOutput:
         """As `MoE.__call__`, with residuals: padding keeps its own."""
-        check_call(self.moe.config, x, mask)
+        check_call(self.moe.config, x, mask, train=train)
+
+        def normed(norm: RMSNorm, x: jax.Array) -> jax.Array:
+            # Whatever padding holds, it reaches no gradient of the weights.
+            return norm(x if mask is None else jnp.where(mask[..., None], x, 0))
+
         if self.norm_before is not None and self.ff_before is not None:
-            x = x + self.ff_before(self.norm_before(x))
-        out = self.moe(self.norm_moe(x), train=train, key=key, mask=mask)
+            x = x + self.ff_before(normed(self.norm_before, x))
+        out = self.moe(normed(self.norm_moe, x), train=train, key=key, mask=mask)
         x = x + out.outputs
         if self.norm_after is not None and self.ff_after is not None:
-            x = x + self.ff_after(self.norm_after(x))
+            x = x + self.ff_after(normed(self.norm_after, x))
         return dataclasses.replace(out, outputs=x)
 
 
@@ -286,8 +295,12 @@ def router_inputs(moe: MoE, x_td: jax.Array, mask_t: jax.Array, noise: RouterNoi
     )
 
 
-def check_call(config: MoEConfig, x: jax.Array, mask: jax.Array | None) -> None:
-    """Raises ValueError when the input or the mask does not fit the layer."""
+def check_call(config: MoEConfig, x: jax.Array, mask: jax.Array | None, *, train: bool) -> None:
+    """Raises ValueError when an argument does not fit the layer."""
+    flag("train", train)
+    for name, value in (("x", x), ("mask", mask)):
+        if value is not None and not hasattr(value, "dtype"):
+            raise ValueError(f"{name} must be an array, got a {type(value).__name__}")
     got = f"{x.shape} {x.dtype}"
     if x.ndim not in (2, 3) or x.shape[-1] != config.dim or 0 in x.shape:
         raise ValueError(f"x must be (B, N, {config.dim}) or (T, {config.dim}) and not empty, got {got}")

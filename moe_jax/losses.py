@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from moe_jax.routing import Choice, Routing
+from moe_jax.routing import Choice, Routing, at_least_float32
 
 
 @struct.dataclass
@@ -74,6 +74,7 @@ def router_totals(logits_te: jax.Array, choice: Choice, routing: Routing, mask_t
       routing: from `assign_slots`.
       mask_t: (T,) bool, false for padding.
     """
+    logits_te = at_least_float32(logits_te)
     dtype = logits_te.dtype
     mask_t1 = mask_t[:, None]
     num_experts = logits_te.shape[1]

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from moe_jax.checks import flag, one_of, whole
+
 Policy = Literal["all", "none", "threshold", "random"]
 Score = Literal["softmax", "sigmoid"]
 SlotOrder = Literal["token", "choice", "priority"]
@@ -157,16 +159,17 @@ class TopN(Router):
     expert_groups_kept: int = 1
 
     def __post_init__(self) -> None:
-        if self.n < 1:
-            raise ValueError(f"n must be at least 1, got {self.n}")
+        for name in ("n", "expert_groups", "expert_groups_kept"):
+            whole(name, getattr(self, name), 1)
+        flag("bias", self.bias)
         one_of("score", self.score, get_args(Score))
         for name in ("policy_train", "policy_eval"):
             one_of(name, getattr(self, name), get_args(Policy))
         for name in ("threshold_train", "threshold_eval"):
             _check_thresholds(name, getattr(self, name), self.n)
-        if not 1 <= self.expert_groups_kept <= self.expert_groups:
+        if self.expert_groups_kept > self.expert_groups:
             raise ValueError(
-                "expert_groups_kept must be between 1 and expert_groups, "
+                "expert_groups_kept must be at most expert_groups, "
                 f"got {self.expert_groups_kept} of {self.expert_groups}"
             )
 
@@ -204,12 +207,14 @@ class TopN(Router):
           A `Choice` with A = n, best candidate first.
         """
         score = jax.nn.softmax if self.score == "softmax" else jax.nn.sigmoid
-        scores_te = score(inputs.logits_te)
-        selection_te = score(inputs.selection_logits_te)
-        steered_te = selection_te if inputs.bias_e is None else selection_te + inputs.bias_e[None]
-        steered_te = limit_to_groups(steered_te, self.expert_groups, self.expert_groups_kept)
-        expert_index_ta = jax.lax.top_k(jax.lax.stop_gradient(steered_te), self.n)[1]
-        score_ta = jnp.take_along_axis(self.weights(scores_te, selection_te), expert_index_ta, axis=1)
+        logits_te = at_least_float32(inputs.logits_te)
+        scores_te = score(logits_te)
+        steered_te = score(at_least_float32(inputs.selection_logits_te))
+        if inputs.bias_e is not None:
+            steered_te = steered_te + inputs.bias_e[None]
+        limited_te = limit_to_groups(steered_te, self.expert_groups, self.expert_groups_kept)
+        expert_index_ta = jax.lax.top_k(jax.lax.stop_gradient(limited_te), self.n)[1]
+        score_ta = jnp.take_along_axis(self.weights(scores_te, steered_te), expert_index_ta, axis=1)
         share_ta = normalized(score_ta)
         wanted_ta = wanted_ranks(share_ta, self._policy(train), self._thresholds(train), inputs.uniform_ta)
         top_score_t1 = jnp.take_along_axis(scores_te, expert_index_ta[:, :1], axis=1)
@@ -219,11 +224,17 @@ class TopN(Router):
             wanted_ta=wanted_ta & inputs.mask_t[:, None],
             priority_ta=jnp.broadcast_to(top_score_t1, score_ta.shape),
             first_expert_t=expert_index_ta[:, 0],
-            probs_te=scores_te if self.score == "softmax" else normalized(scores_te),
+            # The normalised sigmoids; of logarithms, none of which underflows.
+            probs_te=scores_te if self.score == "softmax" else jax.nn.softmax(jax.nn.log_sigmoid(logits_te)),
         )
 
-    def weights(self, scores_te: jax.Array, selection_te: jax.Array) -> jax.Array:
-        """(T, E) scores whose chosen entries become gates; a relaxation of the choice overrides this."""
+    def weights(self, scores_te: jax.Array, steered_te: jax.Array) -> jax.Array:
+        """(T, E) scores whose chosen entries become gates; a relaxation of the choice overrides this.
+
+        Args:
+          scores_te: un-noised.
+          steered_te: whose largest are chosen.
+        """
         return scores_te
 
     def _policy(self, train: bool) -> Policy:
@@ -234,10 +245,9 @@ class TopN(Router):
         return threshold if isinstance(threshold, tuple) else (threshold,) * (self.n - 1)
 
 
-def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raises ValueError when `value` is not one of the allowed names."""
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """In float32, or wider if it is."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def normalized(scores: jax.Array) -> jax.Array:
@@ -255,6 +265,9 @@ def wanted_ranks(
       policy: what decides about the ranks after the first, with A - 1 thresholds.
       thresholds: one for each of them.
       uniform_ta: (T, A) in [0, 1); only "random" reads it, and only its columns after the first.
+
+    Raises:
+      ValueError: "random" has no numbers, or not as many.
     """
     first_t1 = jnp.ones_like(share_ta[:, :1], bool)
     later = share_ta[:, 1:]
@@ -265,12 +278,13 @@ def wanted_ranks(
         wanted = jnp.zeros_like(later, bool)
     elif policy == "threshold":
         wanted = later >= threshold_1a
-    elif uniform_ta is not None:
-        wanted = uniform_ta[:, 1:] < later / threshold_1a
-    elif later.shape[1]:
-        raise ValueError("uniform_ta must be (T, A) numbers for the policy 'random', got None")
-    else:
+    elif not later.shape[1]:
         return first_t1
+    elif uniform_ta is None or uniform_ta.shape != share_ta.shape:
+        got = None if uniform_ta is None else uniform_ta.shape
+        raise ValueError(f"uniform_ta must be {share_ta.shape} numbers for the policy 'random', got {got}")
+    else:
+        wanted = uniform_ta[:, 1:] < later / threshold_1a
     return jnp.concatenate([first_t1, wanted], axis=1)
 
 
@@ -297,5 +311,5 @@ def _check_thresholds(name: str, threshold: float | tuple[float, ...], n: int) -
     if isinstance(threshold, tuple) and len(threshold) != n - 1:
         raise ValueError(f"{name} must have n - 1 = {n - 1} entries, got {len(threshold)}")
     for value in threshold if isinstance(threshold, tuple) else (threshold,):
-        if not 0 < value <= 1:
-            raise ValueError(f"{name} must be in (0, 1], got {value}")
+        if not isinstance(value, numbers.Real) or not 0 < value <= 1:
+            raise ValueError(f"{name} must be in (0, 1], got {value!r}")

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from moe_jax.routing import Choice, Routing, SlotOrder, one_of
+from moe_jax.checks import one_of, positive, whole
+from moe_jax.routing import Choice, Routing, SlotOrder
 
 SLOT_ORDERS: tuple[str, ...] = get_args(SlotOrder)
 
@@ -44,8 +45,17 @@ def token_groups(mask_t: jax.Array, sequence_length: int, group_size: int | str)
       sequence_length: tokens per sequence, padding included.
       group_size: "batch" (all tokens together), "sequence", or a number of tokens. A number counts along the batch,
         sequence after sequence, and passes over padding, so that a padded batch has the groups of the compacted one.
+
+    Raises:
+      ValueError: `group_size` is something else, or sequences are to be groups and the tokens no whole ones.
     """
     tokens = mask_t.shape[0]
+    if group_size == "sequence" and (sequence_length < 1 or tokens % sequence_length):
+        raise ValueError(f"sequence_length must divide the {tokens} tokens, got {sequence_length}")
+    if isinstance(group_size, str):
+        one_of("group_size", group_size, ("batch", "sequence"))
+    else:
+        whole("group_size", group_size, 1)
     if group_size == "batch":
         group_t, groups, size = jnp.zeros(tokens, jnp.int32), 1, tokens
     elif group_size == "sequence":
@@ -66,6 +76,9 @@ def capacity(tokens: int, num_experts: int, factor: float | None, min_capacity: 
     floor(tokens * factor / E), at least `min_capacity`, at most one slot per token (an expert never gets a token
     twice). Without a factor there is a slot for every token, and nothing is ever dropped.
 
+    Raises:
+      ValueError: `factor` is not positive.
+
     Source: ST-MoE 2202.08906 section 2; the factor multiplies tokens, not assignments.
     """
     return int(_capacity_table(np.asarray(tokens), num_experts, factor, min_capacity))
@@ -74,6 +87,7 @@ def capacity(tokens: int, num_experts: int, factor: float | None, min_capacity: 
 def _capacity_table(tokens: np.ndarray, num_experts: int, factor: float | None, min_capacity: int) -> np.ndarray:
     if factor is None:
         return tokens.astype(np.int32)
+    positive("capacity_factor", factor, otherwise=" or None")
     slots = np.floor(tokens * factor / num_experts)
     return np.minimum(np.maximum(slots, min_capacity), tokens).astype(np.int32)
 
@@ -96,18 +110,21 @@ def assign_slots(
       capacity_factor: slots per expert as a share of group tokens / E, or None for no limit.
       min_capacity: a lower bound on the slots per expert.
       slot_order: who comes first in an expert's queue. "token": earlier tokens, so that a token's slot never depends
-        on later ones. "choice": first choices of all tokens, then second choices. "priority": as "choice", but the
+        on later ones (where a group has tokens of several sequences, those of the first come first, all of them).
+        "choice": first choices of all tokens, then second choices. "priority": as "choice", but the
         tokens most sure of their first choice go first (batch priority routing).
 
     Returns:
       A `Routing`. Gates are zero where not kept.
 
     Raises:
-      ValueError: `slot_order` is unknown.
+      ValueError: `slot_order` is unknown, `capacity_factor` not positive, or the choice is among other experts.
 
     Source: "choice": GShard 2006.16668 algorithm 1; "priority": Riquelme et al. 2106.05974 section 4.
     """
     one_of("slot_order", slot_order, SLOT_ORDERS)
+    if num_experts != choice.probs_te.shape[1]:
+        raise ValueError(f"num_experts must be the choice's {choice.probs_te.shape[1]}, got {num_experts}")
     # The number of real tokens decides, not the padded length: a padded batch drops what the compacted one drops.
     limit_by_count = _capacity_table(np.arange(groups.size + 1), num_experts, capacity_factor, min_capacity)
     slots = int(limit_by_count[-1])

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe_jax.checks import instance
 from moe_jax.config import MoEConfig
 from moe_jax.experts import FeedForward
 from moe_jax.layer import MoE
@@ -25,10 +26,11 @@ def upcycle(feed_forward: FeedForward, num_experts: int, *, rngs: nnx.Rngs, **op
       **options: of `MoEConfig`, besides what the dense layer determines.
 
     Raises:
-      ValueError: the router's gates do not sum to 1, or an option is out of range.
+      ValueError: the router normalises no gates, or another argument is out of range.
 
     Source: Komatsuzaki et al. 2212.05055 (sparse upcycling).
     """
+    instance("feed_forward", feed_forward, FeedForward)
     defaults = {"router": TopN(policy_train="all", policy_eval="all"), "dispatch": "ragged"}
     dim, hidden_twice = feed_forward.w_in_df.shape
     config = MoEConfig(

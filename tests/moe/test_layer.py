@@ -18,6 +18,7 @@ from moe_jax import (
     SparseMoEBlock,
     TopN,
 )
+from moe_jax.dispatch import DISPATCHES
 from tests.moe.support import ALL, apply, assert_trees_close, config, hidden_states, initial_layer, layer
 
 ROUTERS = {
@@ -79,6 +80,41 @@ def test_padded_equals_compacted_in_every_kind_of_group(group_size: int | str):
         compacted = apply(layer(**options), x[mask]).outputs
     np.testing.assert_allclose(padded.outputs[mask], compacted, atol=1e-6)
     assert float(padded.metrics.dropped_a.max()) > 0
+
+
+def test_padding_full_of_nan_reaches_no_gradient_of_a_block():
+    mask = jnp.asarray([[1, 1, 0, 1], [0, 1, 1, 1]], bool)
+    block = SparseMoEBlock(layer(), add_ff_before=True, rngs=nnx.Rngs(0))
+
+    @jax.jit
+    @jax.grad
+    def gradients(block: SparseMoEBlock, filler: jax.Array) -> jax.Array:
+        x = jnp.where(mask[..., None], hidden_states(2, 4, 8), filler)
+        return jnp.sum(jnp.where(mask[..., None], block(x, train=True, mask=mask).outputs, 0) ** 2)
+
+    filled, plain = (gradients(block, jnp.full((1, 1, 1), value)) for value in (jnp.nan, 0.0))
+    assert_trees_close(filled, plain, relative=1e-6)
+
+
+@pytest.mark.parametrize("dispatch", DISPATCHES)
+def test_batched_by_vmap(dispatch: str):
+    """Gradients of each sequence, with one layer; and of each of several layers."""
+    moe = layer(dispatch=dispatch, router=TopN(policy_train="threshold"), capacity_factor_train=1.0, min_capacity=1)
+    x = hidden_states(3, 7, 8)
+
+    def gradients(moe: MoE, x: jax.Array) -> MoE:
+        return jax.grad(lambda moe: jnp.sum(moe(x, train=True).outputs ** 2))(moe)
+
+    alone = jax.jit(gradients)
+    for_each_sequence = jax.jit(jax.vmap(gradients, in_axes=(None, 0)))(moe, x)
+    assert_trees_close(for_each_sequence, stacked([alone(moe, row) for row in x]), relative=1e-5)
+    layers = [initial_layer(moe.config, seed) for seed in range(3)]
+    for_each_layer = jax.jit(jax.vmap(gradients, in_axes=(0, None)))(stacked(layers), x)
+    assert_trees_close(for_each_layer, stacked([alone(moe, x) for moe in layers]), relative=1e-5)
+
+
+def stacked(trees: list[MoE]) -> MoE:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
 def test_all_padding_is_all_zero_and_finite():

@@ -1,5 +1,6 @@
 """Routers on logits small enough to route by hand."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +8,19 @@ import pytest
 import scipy.stats
 from jax.test_util import check_grads
 
-from moe_jax import CoordinateDescent, Router, RouterInputs, TopN, relaxed_top_k
+from moe_jax import (
+    CoordinateDescent,
+    ExpertChoice,
+    Router,
+    RouterInputs,
+    RouterTotals,
+    TopN,
+    relaxed_top_k,
+    router_totals,
+    token_groups,
+)
 from moe_jax.routing import Policy, limit_to_groups, wanted_ranks
+from tests.moe.support import assign_slots
 
 
 def inputs(probs: list[list[float]], **fields: jax.Array) -> RouterInputs:
@@ -167,3 +179,63 @@ def test_gradient_of_relaxed_top_k_agrees_with_finite_differences():
         return (relaxed_top_k(scores_te, 1.5, iterations=30, temperature=0.3) * weight_te).sum()
 
     check_grads(jax.jit(value), (jnp.asarray([[0.5, 0.31, 0.15, 0.04]]),), order=1, modes=["rev"], eps=1e-2)
+
+
+def test_coordinate_descent_relaxes_the_choice_that_the_bias_steers():
+    logits_te, bias_e = jnp.log(jnp.asarray([[0.4, 0.3, 0.2, 0.1]])), jnp.asarray([-0.3, 0.0, 0.2, 0.0])
+    router = CoordinateDescent(n=1, bias=True, iterations=50)
+
+    def gate(logits_te: jax.Array) -> jax.Array:
+        given = RouterInputs(logits_te, logits_te, jnp.ones(1, bool), bias_e=bias_e)
+        return router.choose(given, train=True).gate_ta[0, 0]
+
+    def indicator_times_score(logits_te: jax.Array, bias_e: jax.Array) -> jax.Array:
+        probs_te = jax.nn.softmax(logits_te)
+        chosen_te = relaxed_top_k(probs_te + bias_e[None], 9 / 8, iterations=50, temperature=0.1)
+        return (probs_te * (1 + chosen_te - jax.lax.stop_gradient(chosen_te)))[0, 2]
+
+    np.testing.assert_allclose(gate(logits_te), 0.2, atol=1e-6)
+    gradient, of_steered, of_plain = (
+        jax.jit(jax.grad(function))(logits_te)
+        for function in (
+            gate,
+            lambda logits_te: indicator_times_score(logits_te, bias_e),
+            lambda logits_te: indicator_times_score(logits_te, jnp.zeros(4)),
+        )
+    )
+    np.testing.assert_allclose(gradient, of_steered, atol=1e-6)
+    assert np.abs(gradient - of_plain).max() > 1e-2
+
+
+def test_coordinate_descent_iterates_for_gradients_only():
+    def gates(logits_te: jax.Array) -> jax.Array:
+        given = RouterInputs(logits_te, logits_te, jnp.ones(5, bool))
+        return CoordinateDescent(policy_train="all").choose(given, train=True).gate_ta
+
+    logits_te = jnp.zeros((5, 4))
+    assert "while" not in jax.jit(gates).lower(logits_te).as_text()
+    assert "while" in jax.jit(jax.grad(lambda logits_te: gates(logits_te).max())).lower(logits_te).as_text()
+
+
+@pytest.mark.parametrize("router", [TopN(policy_train="all"), ExpertChoice()])
+def test_counts_do_not_depend_on_the_dtype_of_the_logits(router: Router):
+    """In bfloat16, 256 + 1 is 256."""
+    logits_te = jnp.asarray(np.random.default_rng(0).standard_normal((2000, 4)), jnp.bfloat16)
+    mask_t = jnp.ones(2000, bool)
+
+    def totals(logits_te: jax.Array) -> RouterTotals:
+        chosen = router.choose(RouterInputs(logits_te, logits_te, mask_t), train=True)
+        groups = token_groups(mask_t, 2000, "batch")
+        routing = assign_slots(chosen, groups, num_experts=4, capacity_factor=1.0)
+        return router_totals(logits_te, chosen, routing, mask_t)
+
+    narrow, wide = totals(logits_te), totals(logits_te.astype(jnp.float32))
+    chex.assert_trees_all_equal(narrow, wide)
+    assert int(narrow.first_e.sum()) == 2000
+
+
+def test_sigmoids_that_underflow_still_have_probabilities():
+    logits_te = jnp.asarray([[-1000.0, -1001.0, -1002.0]])
+    given = RouterInputs(logits_te, logits_te, jnp.ones(1, bool))
+    probs_te = TopN(score="sigmoid", policy_train="all").choose(given, train=True).probs_te
+    np.testing.assert_allclose(probs_te, jax.nn.softmax(logits_te), rtol=1e-6)

@@ -1,0 +1,47 @@
+"""Arguments that are not of the kind they should be, in words that name them."""
+
+import math
+import numbers
+from typing import Any
+
+
+def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Raises ValueError when `value` is not one of the allowed names."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def whole(name: str, value: Any, least: int) -> None:
+    """Raises ValueError when `value` is no integer, or a smaller one."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise ValueError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def number(name: str, value: Any, least: float) -> None:
+    """Raises ValueError when `value` is no finite number, or a smaller one."""
+    if not _finite(value) or value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+
+
+def positive(name: str, value: Any, *, otherwise: str = "") -> None:
+    """Raises ValueError when `value` is no finite number above 0. `otherwise` says what else it might have been."""
+    if not _finite(value) or not value > 0:
+        raise ValueError(f"{name} must be positive{otherwise}, got {value!r}")
+
+
+def flag(name: str, value: Any) -> None:
+    """Raises ValueError when `value` is no bool."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be a bool, got {value!r}")
+
+
+def instance(name: str, value: Any, kind: type) -> None:
+    """Raises ValueError when `value` is no instance of a class."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} must be a {kind.__name__}, got {value!r}")
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
