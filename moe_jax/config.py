@@ -28,14 +28,15 @@ class MoEConfig:
       slot_order: who gets the slots: "token" (causal in groups of one sequence: "sequence", or a number that divides
         it), "choice" or "priority"; see `assign_slots`. A router may have an order of its own, as `ExpertChoice` has.
       dispatch: "dense", "index" or "ragged". "ragged" is dropless: it ignores the capacity, unless the router is
-        defined by it. "index" without a capacity is dropless too, but reserves a slot per token and expert.
+        defined by it. "index" without a capacity is dropless too, but reserves a slot per token and expert. "dense" is
+        there to check the others against: it multiplies by zeros, so that one token's NaN reaches all.
       dispatch_eval: the same, in evaluation; None is the same as in training. A decoder that trains with a capacity
         and decodes with "ragged" gives each token what it gives it alone.
       straight_through: whether dispatching passes a gradient to the gates, as the original does.
       gumbel_noise: scale of the Gumbel noise on the logits that choose, in training.
       input_jitter: the logits that choose are computed from hidden states times uniform(1 - jitter, 1 + jitter), in
         training.
-      balance_coef: weight of the balance loss.
+      balance_coef: weight of the balance loss; 0 where a router's bias is to balance alone.
       router_z_coef: weight of the router z-loss.
       hidden_mult: F is int(dim * hidden_mult * 2 / 3), as many weights as a plain feed-forward of that multiple.
       hidden: F itself, if not by that rule.
