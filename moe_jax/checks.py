@@ -4,6 +4,8 @@ import math
 import numbers
 from typing import Any
 
+import jax.numpy as jnp
+
 
 def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     """Raises ValueError when `value` is not one of the allowed names."""
@@ -41,6 +43,16 @@ def instance(name: str, value: Any, kind: type) -> None:
     """Raises ValueError when `value` is no instance of a class."""
     if not isinstance(value, kind):
         raise ValueError(f"{name} must be a {kind.__name__}, got {value!r}")
+
+
+def floating(name: str, dtype: Any) -> None:
+    """Raises ValueError when `dtype` is no floating-point type."""
+    try:
+        fits = jnp.issubdtype(dtype, jnp.floating)
+    except TypeError:
+        fits = False
+    if not fits:
+        raise ValueError(f"{name} must be floating point, got {dtype}")
 
 
 def _finite(value: Any) -> bool:

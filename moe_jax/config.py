@@ -2,15 +2,14 @@
 
 import dataclasses
 import operator
-from typing import Any
 
 import jax.numpy as jnp
 
-from moe_jax.checks import flag, instance, number, one_of, positive, whole
+from moe_jax.checks import flag, floating, instance, number, one_of, positive, whole
 from moe_jax.dispatch import DISPATCHES, Dispatch
 from moe_jax.experts import Activation, Init, gelu
 from moe_jax.routing import Router, SlotOrder, TopN
-from moe_jax.slots import SLOT_ORDERS
+from moe_jax.slots import SLOT_ORDERS, check_group_size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,18 +95,15 @@ class MoEConfig:
         instance("router", self.router, Router)
         if not callable(self.activation):
             raise ValueError(f"activation must be a function, got {self.activation!r}")
-        if not _floating(self.param_dtype):
-            raise ValueError(f"param_dtype must be floating point, got {self.param_dtype}")
+        floating("param_dtype", self.param_dtype)
         if self.data_axis == self.expert_axis:
             raise ValueError(f"data_axis and expert_axis must be different names, got {self.data_axis!r} twice")
         one_of("slot_order", self.slot_order, SLOT_ORDERS)
         one_of("dispatch", self.dispatch, DISPATCHES)
         one_of("dispatch_eval", self.dispatch_in(train=False), DISPATCHES)
         one_of("init", self.init, ("paper", "original"))
-        if isinstance(self.group_size, str):
-            one_of("group_size", self.group_size, ("batch", "sequence"))
-        else:
-            whole("group_size", self.group_size, 1)
+        check_group_size(self.group_size)
+        if not isinstance(self.group_size, str):
             # An integer of NumPy is one here, and no other thing elsewhere.
             object.__setattr__(self, "group_size", operator.index(self.group_size))
         number("input_jitter", self.input_jitter, 0)
@@ -135,10 +131,3 @@ class MoEConfig:
         if self.dispatch_in(train=train) == "ragged" and not self.router.needs_capacity:
             return None
         return self.capacity_factor_train if train else self.capacity_factor_eval
-
-
-def _floating(dtype: Any) -> bool:
-    try:
-        return jnp.issubdtype(dtype, jnp.floating)
-    except TypeError:
-        return False

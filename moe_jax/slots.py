@@ -52,10 +52,7 @@ def token_groups(mask_t: jax.Array, sequence_length: int, group_size: int | str)
     tokens = mask_t.shape[0]
     if group_size == "sequence" and (sequence_length < 1 or tokens % sequence_length):
         raise ValueError(f"sequence_length must divide the {tokens} tokens, got {sequence_length}")
-    if isinstance(group_size, str):
-        one_of("group_size", group_size, ("batch", "sequence"))
-    else:
-        whole("group_size", group_size, 1)
+    check_group_size(group_size)
     if group_size == "batch":
         group_t, groups, size = jnp.zeros(tokens, jnp.int32), 1, tokens
     elif group_size == "sequence":
@@ -68,6 +65,14 @@ def token_groups(mask_t: jax.Array, sequence_length: int, group_size: int | str)
         group_t = jnp.minimum(before_t // size, groups - 1)
     count_g = jnp.zeros(groups, jnp.int32).at[group_t].add(mask_t.astype(jnp.int32))
     return TokenGroups(group_t=group_t, count_g=count_g, size=size)
+
+
+def check_group_size(group_size: int | str) -> None:
+    """Raises ValueError when `group_size` is neither a name nor a number of tokens."""
+    if isinstance(group_size, str):
+        one_of("group_size", group_size, ("batch", "sequence"))
+    else:
+        whole("group_size", group_size, 1)
 
 
 def capacity(tokens: int, num_experts: int, factor: float | None, min_capacity: int) -> int:
