@@ -12,6 +12,7 @@ from flax import nnx
 from moe_jax.checks import one_of
 from moe_jax.grouped import Grouping, OneGroup, Weights, by_group
 from moe_jax.layout import Sent, scaled
+from moe_jax.routing import at_least_float32
 
 Init = Literal["paper", "original"]
 Activation = Callable[[jax.Array], jax.Array]
@@ -23,7 +24,7 @@ def gelu(x: jax.Array) -> jax.Array:
     `jax.nn.gelu(x, approximate=False)` goes by erfc, which keeps the last digits of values that are nearly zero; on a
     CPU a layer and its gradient take a twentieth longer with it.
     """
-    exact = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    exact = at_least_float32(x)
     return (0.5 * exact * (1 + jax.lax.erf(exact * 0.5**0.5))).astype(x.dtype)
 
 

@@ -17,7 +17,7 @@ from moe_jax.losses import Metrics, RouterTotals, balance_loss, metrics, router_
 from moe_jax.noise import RouterNoise, draw_noise
 from moe_jax.parallel import mix_over_mesh, placement
 from moe_jax.router_bias import RouterBias
-from moe_jax.routing import Choice, RouterInputs, Routing
+from moe_jax.routing import Choice, RouterInputs, Routing, at_least_float32
 from moe_jax.slots import TokenGroups, assign_slots, token_groups
 
 
@@ -191,7 +191,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(..., D) to (..., D)."""
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = at_least_float32(x)
         normal = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + 1e-12)
         scale = self.scale_d[...].reshape((1,) * (x.ndim - 1) + (-1,))
         return (normal * scale).astype(x.dtype)
@@ -274,9 +274,8 @@ def router_inputs(moe: MoE, x_td: jax.Array, mask_t: jax.Array, noise: RouterNoi
       mask_t: (T,) bool.
       noise: from `draw_noise`, for these tokens.
     """
-    dtype = jnp.promote_types(x_td.dtype, jnp.float32)
-    x_td = x_td.astype(dtype)
-    router_de = moe.router_de[...].astype(dtype)
+    x_td = at_least_float32(x_td)
+    router_de = moe.router_de[...].astype(x_td.dtype)
 
     def logits(x_td: jax.Array) -> jax.Array:
         return jnp.matmul(x_td, router_de, precision=jax.lax.Precision.HIGHEST)

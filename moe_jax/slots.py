@@ -50,9 +50,9 @@ def token_groups(mask_t: jax.Array, sequence_length: int, group_size: int | str)
       ValueError: `group_size` is something else, or sequences are to be groups and the tokens no whole ones.
     """
     tokens = mask_t.shape[0]
+    check_group_size(group_size)
     if group_size == "sequence" and (sequence_length < 1 or tokens % sequence_length):
         raise ValueError(f"sequence_length must divide the {tokens} tokens, got {sequence_length}")
-    check_group_size(group_size)
     if group_size == "batch":
         group_t, groups, size = jnp.zeros(tokens, jnp.int32), 1, tokens
     elif group_size == "sequence":

@@ -26,7 +26,7 @@ def upcycle(feed_forward: FeedForward, num_experts: int, *, rngs: nnx.Rngs, **op
       **options: of `MoEConfig`, besides what the dense layer determines.
 
     Raises:
-      ValueError: the router normalises no gates, or another argument is out of range.
+      ValueError: the router's gates do not sum to 1, or another argument is out of range.
 
     Source: Komatsuzaki et al. 2212.05055 (sparse upcycling).
     """
