@@ -213,7 +213,9 @@ class TopN(Router):
         if inputs.bias_e is not None:
             steered_te = steered_te + inputs.bias_e[None]
         limited_te = limit_to_groups(steered_te, self.expert_groups, self.expert_groups_kept)
-        expert_index_ta = jax.lax.top_k(jax.lax.stop_gradient(limited_te), self.n)[1]
+        best_ta = jax.lax.top_k(jax.lax.stop_gradient(limited_te), self.n)[1]
+        # XLA would see that a column of it is used, and on a CPU sort all experts, 30 times as long.
+        expert_index_ta = jax.lax.optimization_barrier(best_ta)
         score_ta = jnp.take_along_axis(self.weights(scores_te, steered_te), expert_index_ta, axis=1)
         share_ta = normalized(score_ta)
         wanted_ta = wanted_ranks(share_ta, self._policy(train), self._thresholds(train), inputs.uniform_ta)

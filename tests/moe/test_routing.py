@@ -239,3 +239,14 @@ def test_sigmoids_that_underflow_still_have_probabilities():
     given = RouterInputs(logits_te, logits_te, jnp.ones(1, bool))
     probs_te = TopN(score="sigmoid", policy_train="all").choose(given, train=True).probs_te
     np.testing.assert_allclose(probs_te, jax.nn.softmax(logits_te), rtol=1e-6)
+
+
+@pytest.mark.parametrize("router", [TopN(), TopN(expert_groups=4, expert_groups_kept=2), CoordinateDescent()])
+def test_best_experts_are_found_without_sorting_all(router: Router):
+    def choice(logits_te: jax.Array) -> tuple[jax.Array, jax.Array]:
+        given = RouterInputs(logits_te, logits_te, jnp.ones(len(logits_te), bool))
+        chosen = router.choose(given, train=False)
+        return chosen.expert_index_ta, chosen.first_expert_t
+
+    program = jax.jit(choice).lower(jnp.zeros((64, 16))).compile().as_text()
+    assert " sort(" not in program
