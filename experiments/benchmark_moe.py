@@ -201,7 +201,10 @@ def over_sequence(config: Config) -> Iterable[Row]:
 
 
 def over_experts(config: Config) -> Iterable[Row]:
-    """The same tokens on ever more experts, two of them active per token: what the experts' number costs."""
+    """The same tokens on ever more experts, two of them active per token: what the experts' number costs.
+
+    Of two calls in succession the second is timed: the gradients of 128 experts are a gigabyte.
+    """
     for shape in config.growing_experts_shapes:
         x = moe_programs.hidden_states(shape, config.dim)
         for dispatch in ("index", "ragged"):
@@ -212,7 +215,8 @@ def over_experts(config: Config) -> Iterable[Row]:
             for mode, backward in MODES.items():
                 calls = {name: moe_programs.timed_call(moe, x, backward=backward) for name, moe in layers.items()}
                 base = str(config.growing_experts[0])
-                yield _timed(calls, config.repeats, base=base, shape=shape, dispatch=dispatch, mode=mode)
+                what = {"shape": shape, "dispatch": dispatch, "mode": mode}
+                yield _timed(calls, config.repeats, base=base, following=True, **what)
 
 
 def _kept(metrics: moe_jax.Metrics, x: jax.Array) -> int:
@@ -236,9 +240,16 @@ def _difference(ours: jax.Array, theirs: np.ndarray) -> float:
     return float(np.abs(np.asarray(ours) - theirs).max())
 
 
-def _timed(calls: Mapping[str, Callable[[int], Any]], repeats: int, *, base: str = OURS, **what: Any) -> Row:
+def _timed(
+    calls: Mapping[str, Callable[[int], Any]],
+    repeats: int,
+    *,
+    base: str = OURS,
+    following: bool = False,
+    **what: Any,
+) -> Row:
     """Milliseconds by name, and each time over that of `base`, repeat by repeat and by the fastest repeats."""
-    seconds, _ = alternate(calls, repeats=repeats)
+    seconds, _ = alternate(calls, repeats=repeats, following=following)
     times = {name: np.asarray(values) * 1e3 for name, values in seconds.items()}
     fastest = {name: float(values.min()) for name, values in times.items()}
     return {

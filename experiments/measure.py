@@ -58,13 +58,15 @@ class Measurement:
 
 
 def alternate(
-    calls: Mapping[str, Callable[[int], Any]], *, repeats: int
+    calls: Mapping[str, Callable[[int], Any]], *, repeats: int, following: bool = False
 ) -> tuple[dict[str, list[float]], dict[str, list[Any]]]:
     """Times calls in turn, so that what disturbs the machine for a while disturbs them all.
 
     Args:
       calls: what to time, each called with the number of the repeat.
       repeats: timed calls of each, after one that compiles and warms up.
+      following: whether each timed call directly follows an untimed one of the same, as in a training loop. Of calls
+        that need gigabytes, the system takes some back while the others run, and the next one waits for it.
 
     Returns:
       Seconds and results of every repeat, by name.
@@ -77,6 +79,8 @@ def alternate(
     results: dict[str, list[Any]] = {name: [] for name in calls}
     for repeat in range(repeats):
         for name, call in calls.items():
+            if following:
+                jax.block_until_ready(call(repeat))
             start = time.perf_counter()
             results[name].append(jax.block_until_ready(call(repeat)))
             seconds[name].append(time.perf_counter() - start)

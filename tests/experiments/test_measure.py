@@ -38,6 +38,9 @@ def test_calls_alternate_after_a_warm_up():
     assert order[2:] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
     assert {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2}
     assert results["a"] == [None, None]
+    order.clear()
+    alternate(calls, repeats=1, following=True)
+    assert order[2:] == [("a", 0), ("a", 0), ("b", 0), ("b", 0)]
 
 
 def test_measurements_of_a_draft_that_is_the_target(tmp_path):
