@@ -215,8 +215,9 @@ def over_experts(config: Config) -> Iterable[Row]:
             for mode, backward in MODES.items():
                 calls = {name: moe_programs.timed_call(moe, x, backward=backward) for name, moe in layers.items()}
                 base = str(config.growing_experts[0])
-                what = {"shape": shape, "dispatch": dispatch, "mode": mode}
-                yield _timed(calls, config.repeats, base=base, following=True, **what)
+                yield _timed(
+                    calls, config.repeats, base=base, following=True, shape=shape, dispatch=dispatch, mode=mode
+                )
 
 
 def _kept(metrics: moe_jax.Metrics, x: jax.Array) -> int:
