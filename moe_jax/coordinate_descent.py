@@ -46,17 +46,17 @@ class CoordinateDescent(TopN):
                 f"got {self.expert_groups_kept} of {self.expert_groups}"
             )
 
-    def weights(self, scores_te: jax.Array, steered_te: jax.Array) -> jax.Array:
-        """(T, E) the scores; in gradients, times the relaxed indicator."""
-        size = min(self.n * self.ratio, scores_te.shape[-1])
+    def log_weights(self, log_scores_te: jax.Array, steered_te: jax.Array) -> jax.Array:
+        """(T, E) logarithms of the scores; in gradients, of the scores times the relaxed indicator."""
+        size = min(self.n * self.ratio, log_scores_te.shape[-1])
         indicator = partial(relaxed_top_k, size=size, iterations=self.iterations, temperature=self.temperature)
-        return _chosen(indicator, scores_te, steered_te)
+        return _chosen(indicator, log_scores_te, steered_te)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _chosen(indicator: Callable[[jax.Array], jax.Array], scores_te: jax.Array, steered_te: jax.Array) -> jax.Array:
-    """The scores times 1, with the derivative of the scores times the indicator where that is 1."""
-    return scores_te
+def _chosen(indicator: Callable[[jax.Array], jax.Array], log_scores_te: jax.Array, steered_te: jax.Array) -> jax.Array:
+    """The logarithms, with the derivative of that of the scores times the indicator where that is 1."""
+    return log_scores_te
 
 
 @_chosen.defjvp
@@ -65,9 +65,9 @@ def _chosen_jvp(
     primals: tuple[jax.Array, jax.Array],
     tangents: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
-    scores_te, steered_te = primals
+    log_scores_te, steered_te = primals
     _, indicator_dot = jax.jvp(indicator, (steered_te,), tangents[1:])
-    return scores_te, tangents[0] + scores_te * indicator_dot
+    return log_scores_te, tangents[0] + indicator_dot
 
 
 def relaxed_top_k(scores_te: jax.Array, size: float, *, iterations: int, temperature: float) -> jax.Array:

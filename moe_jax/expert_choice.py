@@ -14,8 +14,9 @@ class ExpertChoice(Router):
 
     Every expert is a candidate of every token (A = E), asked for with its probability as priority and gate; the
     capacity of `assign_slots` in order of priority is then the choice. A token may be taken by any number of
-    experts, or none. Not causal: later tokens compete with earlier ones. Rank r of the metrics is expert r, and what
-    it did not take counts as dropped.
+    experts, or none. Not causal: later tokens compete with earlier ones. Rank r of the metrics is expert r, what it did
+    not take counts as dropped, and `load_e` is always uniform, since every token is asked for. Experts being balanced
+    by construction, the balance loss is not needed: it still counts favourites, and `balance_coef=0` leaves it out.
 
     Source: Zhou et al. 2202.09368 equations 1 and 2, with the layer's capacity factor as theirs.
     """
@@ -38,7 +39,8 @@ class ExpertChoice(Router):
         """Every expert as a candidate of every token; `train` changes nothing."""
         tokens, experts = inputs.logits_te.shape
         probs_te = jax.nn.softmax(at_least_float32(inputs.logits_te))
-        selection_te = jax.nn.softmax(at_least_float32(inputs.selection_logits_te))
+        # In logarithms: the same order, and no ties where probabilities round to 0 or 1.
+        selection_te = jax.nn.log_softmax(at_least_float32(inputs.selection_logits_te))
         expert_index_te = jnp.broadcast_to(jnp.arange(experts, dtype=jnp.int32)[None], (tokens, experts))
         return Choice(
             expert_index_ta=expert_index_te,

@@ -19,9 +19,6 @@ Policy = Literal["all", "none", "threshold", "random"]
 Score = Literal["softmax", "sigmoid"]
 SlotOrder = Literal["token", "choice", "priority"]
 
-# Keeps a sum of scores that all underflowed from dividing by zero; a softmax never comes near it.
-SMALLEST_SUM = 1e-9
-
 
 @struct.dataclass
 class Choice:
@@ -141,6 +138,10 @@ class TopN(Router):
       expert_groups: number of equal groups of neighbouring experts; 1 for no grouping.
       expert_groups_kept: how many groups a token may choose from, by the sum of each group's two best scores.
 
+    Experts are ranked by their logits, and gates are normalised in logarithms, so that neither ends where scores
+    saturate or underflow. With a bias they are ranked by score plus bias, as that is defined: sigmoids of logits above
+    17 are equal there.
+
     Raises:
       ValueError: an argument is out of range.
 
@@ -206,38 +207,40 @@ class TopN(Router):
         Returns:
           A `Choice` with A = n, best candidate first.
         """
-        score = jax.nn.softmax if self.score == "softmax" else jax.nn.sigmoid
+        softmax = self.score == "softmax"
+        log_score = jax.nn.log_softmax if softmax else jax.nn.log_sigmoid
         logits_te = at_least_float32(inputs.logits_te)
-        scores_te = score(logits_te)
-        steered_te = score(at_least_float32(inputs.selection_logits_te))
+        log_scores_te = log_score(logits_te)
+        selection_te = at_least_float32(inputs.selection_logits_te)
+        steered_te = jnp.exp(log_score(selection_te))
         if inputs.bias_e is not None:
-            steered_te = steered_te + inputs.bias_e[None]
-        limited_te = limit_to_groups(steered_te, self.expert_groups, self.expert_groups_kept)
+            selection_te = steered_te = steered_te + inputs.bias_e[None]
+        reachable_te = within_best_groups(steered_te, self.expert_groups, self.expert_groups_kept)
+        limited_te = jnp.where(reachable_te, selection_te, -jnp.inf)
         best_ta = jax.lax.top_k(jax.lax.stop_gradient(limited_te), self.n)[1]
         # XLA would see that a column of it is used, and on a CPU sort all experts, 30 times as long.
         expert_index_ta = jax.lax.optimization_barrier(best_ta)
-        score_ta = jnp.take_along_axis(self.weights(scores_te, steered_te), expert_index_ta, axis=1)
-        share_ta = normalized(score_ta)
+        log_weight_ta = jnp.take_along_axis(self.log_weights(log_scores_te, steered_te), expert_index_ta, axis=1)
+        share_ta = jax.nn.softmax(log_weight_ta)
         wanted_ta = wanted_ranks(share_ta, self._policy(train), self._thresholds(train), inputs.uniform_ta)
-        top_score_t1 = jnp.take_along_axis(scores_te, expert_index_ta[:, :1], axis=1)
+        top_t1 = jnp.take_along_axis(log_scores_te, expert_index_ta[:, :1], axis=1)
         return Choice(
             expert_index_ta=expert_index_ta,
-            gate_ta=share_ta if self.n > 1 else score_ta,
+            gate_ta=share_ta if self.n > 1 else jnp.exp(log_weight_ta),
             wanted_ta=wanted_ta & inputs.mask_t[:, None],
-            priority_ta=jnp.broadcast_to(top_score_t1, score_ta.shape),
+            priority_ta=jnp.broadcast_to(top_t1, share_ta.shape),
             first_expert_t=expert_index_ta[:, 0],
-            # The normalised sigmoids; of logarithms, none of which underflows.
-            probs_te=scores_te if self.score == "softmax" else jax.nn.softmax(jax.nn.log_sigmoid(logits_te)),
+            probs_te=jax.nn.softmax(logits_te if softmax else log_scores_te),
         )
 
-    def weights(self, scores_te: jax.Array, steered_te: jax.Array) -> jax.Array:
-        """(T, E) scores whose chosen entries become gates; a relaxation of the choice overrides this.
+    def log_weights(self, log_scores_te: jax.Array, steered_te: jax.Array) -> jax.Array:
+        """(T, E) logarithms of what becomes gates where it is chosen; a relaxation of the choice overrides this.
 
         Args:
-          scores_te: un-noised.
-          steered_te: whose largest are chosen.
+          log_scores_te: logarithms of the un-noised scores.
+          steered_te: scores whose largest are chosen.
         """
-        return scores_te
+        return log_scores_te
 
     def _policy(self, train: bool) -> Policy:
         return self.policy_train if train else self.policy_eval
@@ -250,11 +253,6 @@ class TopN(Router):
 def at_least_float32(x: jax.Array) -> jax.Array:
     """In float32, or wider if it is."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def normalized(scores: jax.Array) -> jax.Array:
-    """Scores divided by their sum over the last axis; all zero where the sum underflows."""
-    return scores / jnp.maximum(scores.sum(-1, keepdims=True), SMALLEST_SUM)
 
 
 def wanted_ranks(
@@ -290,21 +288,21 @@ def wanted_ranks(
     return jnp.concatenate([first_t1, wanted], axis=1)
 
 
-def limit_to_groups(scores_te: jax.Array, groups: int, kept: int) -> jax.Array:
-    """Scores with -inf outside each token's `kept` best groups of experts.
+def within_best_groups(scores_te: jax.Array, groups: int, kept: int) -> jax.Array:
+    """(T, E) bool: which experts are in a token's `kept` best groups.
 
     A group counts the sum of its two best scores (one, where it has one expert).
 
     Source: DeepSeek-V3 2412.19437 section 2.1.2, node-limited routing.
     """
-    if kept == groups:
-        return scores_te
     tokens, experts = scores_te.shape
+    if kept == groups:
+        return jnp.ones((tokens, experts), bool)
     scores_tgm = scores_te.reshape(tokens, groups, experts // groups)
     best_tgm = jax.lax.top_k(scores_tgm, min(2, experts // groups))[0]
     kept_tk = jax.lax.top_k(best_tgm.sum(-1), kept)[1]
     kept_tg = (kept_tk[:, :, None] == jnp.arange(groups)[None, None]).any(1)
-    return jnp.where(kept_tg[:, :, None], scores_tgm, -jnp.inf).reshape(tokens, experts)
+    return jnp.repeat(kept_tg, experts // groups, axis=1)
 
 
 def _check_thresholds(name: str, threshold: float | tuple[float, ...], n: int) -> None:
@@ -313,5 +311,5 @@ def _check_thresholds(name: str, threshold: float | tuple[float, ...], n: int) -
     if isinstance(threshold, tuple) and len(threshold) != n - 1:
         raise ValueError(f"{name} must have n - 1 = {n - 1} entries, got {len(threshold)}")
     for value in threshold if isinstance(threshold, tuple) else (threshold,):
-        if not isinstance(value, numbers.Real) or not 0 < value <= 1:
+        if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 < value <= 1:
             raise ValueError(f"{name} must be in (0, 1], got {value!r}")

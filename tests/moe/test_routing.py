@@ -19,7 +19,7 @@ from moe_jax import (
     router_totals,
     token_groups,
 )
-from moe_jax.routing import Policy, limit_to_groups, wanted_ranks
+from moe_jax.routing import Policy, Score, wanted_ranks, within_best_groups
 from tests.moe.support import assign_slots
 
 
@@ -119,8 +119,8 @@ def test_sigmoid_scores_with_a_bias_that_only_steers():
 def test_grouped_routing_stays_within_the_best_groups():
     # Groups {0, 1}, {2, 3}, {4, 5} score 0.35, 0.30 and 0.35 + 0.0 (ties go to the first group).
     scores_te = jnp.asarray([[0.20, 0.15, 0.30, 0.00, 0.05, 0.25]])
-    limited = limit_to_groups(scores_te, 3, 1)
-    np.testing.assert_array_equal(jnp.isfinite(limited), [[True, True, False, False, False, False]])
+    within_te = within_best_groups(scores_te, 3, 1)
+    np.testing.assert_array_equal(within_te, [[True, True, False, False, False, False]])
     router = TopN(policy_train="all", expert_groups=3, expert_groups_kept=1)
     chosen = router.choose(inputs((scores_te + 0.01).tolist()), train=True)
     # Expert 2 has the best score of all, but its group does not.
@@ -129,8 +129,47 @@ def test_grouped_routing_stays_within_the_best_groups():
 
 def test_groups_of_one_expert_and_all_groups():
     scores_te = jnp.asarray([[0.1, 0.4, 0.2, 0.3]])
-    np.testing.assert_array_equal(jnp.isfinite(limit_to_groups(scores_te, 4, 2)), [[False, True, False, True]])
-    np.testing.assert_array_equal(limit_to_groups(scores_te, 2, 2), scores_te)
+    np.testing.assert_array_equal(within_best_groups(scores_te, 4, 2), [[False, True, False, True]])
+    assert within_best_groups(scores_te, 2, 2).all()
+
+
+def of_logits(logits: list[float]) -> RouterInputs:
+    logits_te = jnp.asarray([logits])
+    return RouterInputs(logits_te=logits_te, selection_logits_te=logits_te, mask_t=jnp.ones(1, bool))
+
+
+@pytest.mark.parametrize("lowest", [-10.0, -22.0, -40.0, -1e4])
+def test_gates_of_the_smallest_sigmoids_sum_to_one(lowest: float):
+    chosen = TopN(score="sigmoid", policy_train="all").choose(of_logits([lowest - 1, lowest, lowest - 3]), train=True)
+    np.testing.assert_array_equal(chosen.expert_index_ta, [[1, 0]])
+    # Where sigmoids are exponentials, their shares are those of a softmax.
+    np.testing.assert_allclose(chosen.gate_ta, [[0.73106, 0.26894]], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("score", "logits", "best"),
+    [
+        ("sigmoid", [20.0, 30.0, 40.0, 10.0], [2, 1]),  # the first three are 1 in float32
+        ("softmax", [1000.0, 0.0, 500.0, 400.0], [0, 2]),  # all but the first are 0
+        ("softmax", [0.0, 1e-8, 0.0, 0.0], [1, 0]),  # all equal
+    ],
+)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_experts_are_ranked_where_their_scores_are_equal(
+    score: Score, logits: list[float], best: list[int], groups: int
+):
+    router = TopN(score=score, policy_train="all", expert_groups=groups, expert_groups_kept=groups)
+    chosen = router.choose(of_logits(logits), train=True)
+    np.testing.assert_array_equal(chosen.expert_index_ta, [best])
+    np.testing.assert_array_equal(chosen.first_expert_t, best[:1])
+
+
+def test_an_expert_chooses_among_tokens_of_the_same_probability():
+    logits_te = jnp.asarray([[0.0, 200.0], [0.0, 150.0], [0.0, 250.0]])
+    given = RouterInputs(logits_te=logits_te, selection_logits_te=logits_te, mask_t=jnp.ones(3, bool))
+    chosen = ExpertChoice().choose(given, train=True)
+    np.testing.assert_array_equal(chosen.probs_te[:, 0], 0)
+    np.testing.assert_array_equal(jnp.argsort(-chosen.priority_ta[:, 0]), [1, 0, 2])
 
 
 def test_relaxed_top_k_sums_to_its_size_and_sharpens():
