@@ -57,13 +57,15 @@ class MoE(nnx.Module):
         the mesh of `jax.set_mesh` is used if it has these axes, and one device otherwise. The mesh changes no result.
 
     Raises:
-      ValueError: the mesh has neither of the axes.
+      ValueError: the mesh has neither of the axes, or an argument is of another kind.
     """
 
     def __init__(self, config: MoEConfig, *, rngs: nnx.Rngs, mesh: Mesh | None = None) -> None:
+        instance("config", config, MoEConfig)
         self.config = config
         self.mesh = mesh
         placement(config, mesh)
+        instance("rngs", rngs, nnx.Rngs)
         expert = {
             "rngs": rngs,
             "bias": config.bias,
@@ -80,7 +82,7 @@ class MoE(nnx.Module):
         shared_hidden = config.num_shared_experts * config.expert_hidden
         self.shared = FeedForward(config.dim, shared_hidden, **expert) if shared_hidden else None
         biased = config.router.selection_bias
-        self.router_bias_e = RouterBias(jnp.zeros(config.num_experts)) if biased else None
+        self.router_bias_e = RouterBias(jnp.zeros(config.num_experts, jnp.float32)) if biased else None
 
     def __call__(
         self, x: jax.Array, *, train: bool, key: jax.Array | None = None, mask: jax.Array | None = None
@@ -90,8 +92,7 @@ class MoE(nnx.Module):
         Args:
           x: (B, N, D) sequences, or (T, D) for one sequence. Any float dtype; routing is at least float32.
           train: whether noise, training policies and training capacity apply. Static.
-          key: a PRNG key, where the configuration asks for randomness. Numbers are drawn for padding too: what it
-            changes is which numbers the other tokens get, and nothing else.
+          key: a PRNG key, where the configuration asks for randomness. Padding changes no other token's numbers.
           mask: (B, N) or (T,) bool, false for padding: not routed, without capacity, loss, metric or output.
 
         Raises:
@@ -103,9 +104,8 @@ class MoE(nnx.Module):
         mask_t = None if mask is None else mask.reshape(-1)
         if mask_t is not None:
             x_td = jnp.where(mask_t[:, None], x_td, 0)
-        noise = draw_noise(
-            key, self.config, tokens=x_td.shape[0], train=train, dtype=jnp.promote_types(x.dtype, jnp.float32)
-        )
+        dtype = jnp.promote_types(x.dtype, jnp.float32)
+        noise = draw_noise(key, self.config, mask_t, tokens=x_td.shape[0], train=train, dtype=dtype)
         where = placement(self.config, self.mesh)
         if where is None:
             everyone_t = jnp.ones(x_td.shape[0], bool) if mask_t is None else mask_t
@@ -207,7 +207,7 @@ class SparseMoEBlock(nnx.Module):
       rngs: for the initial weights of the feed-forwards; not kept. Not needed without feed-forwards.
 
     Raises:
-      ValueError: `rngs` is missing, or `moe` no `MoE`.
+      ValueError: `rngs` is missing, `moe` no `MoE`, or a flag no bool.
 
     Source: ST-MoE 2202.08906 appendix C: the extra dense layers stabilise training.
     """
@@ -221,6 +221,8 @@ class SparseMoEBlock(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ) -> None:
         instance("moe", moe, MoE)
+        flag("add_ff_before", add_ff_before)
+        flag("add_ff_after", add_ff_after)
         config = moe.config
         if rngs is None and (add_ff_before or add_ff_after):
             raise ValueError("rngs must be nnx.Rngs when a feed-forward is added, got None")

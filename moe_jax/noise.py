@@ -1,4 +1,11 @@
-"""The randomness of routing, drawn in one place for all tokens, so that it can be sharded like them."""
+"""The randomness of routing, drawn in one place for all tokens, so that it can be sharded like them.
+
+A token's numbers depend on how many tokens are before it, padding left out: padding changes nobody's numbers.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,18 +29,27 @@ class RouterNoise:
     uniform_ta: jax.Array | None = None
 
 
-def draw_noise(key: jax.Array | None, config: MoEConfig, *, tokens: int, train: bool, dtype: jnp.dtype) -> RouterNoise:
+def draw_noise(
+    key: jax.Array | None,
+    config: MoEConfig,
+    mask_t: jax.Array | None,
+    *,
+    tokens: int,
+    train: bool,
+    dtype: jnp.dtype,
+) -> RouterNoise:
     """Draws what the configuration asks for.
 
     Args:
       key: a key, or None where nothing random is asked for.
       config: of the layer.
+      mask_t: (T,) bool, false for padding, or None where there is none.
       tokens: T, of all devices together.
       train: jitter and Gumbel noise are for training only. Static.
       dtype: of the numbers.
 
     Raises:
-      ValueError: a key is needed and there is none.
+      ValueError: a key is needed and there is none, or it is something else.
     """
     jitter = config.input_jitter if train else 0.0
     gumbel = config.gumbel_noise if train else 0.0
@@ -44,11 +60,27 @@ def draw_noise(key: jax.Array | None, config: MoEConfig, *, tokens: int, train: 
         users = [("input_jitter", jitter), ("gumbel_noise", gumbel), ("the policy 'random'", draws)]
         needed = " and ".join(name for name, used in users if used)
         raise ValueError(f"key must be a PRNG key for {needed}, got None")
+    _check_key(key)
     jitter_key, gumbel_key, uniform_key = jax.random.split(key, 3)
+    before_t = jnp.arange(tokens) if mask_t is None else jnp.cumsum(mask_t, dtype=jnp.int32) - mask_t
+
+    def drawn(key: jax.Array, draw: Callable[..., jax.Array], size: int) -> jax.Array:
+        key_t = jax.vmap(jax.random.fold_in, (None, 0))(key, before_t)
+        return jax.vmap(partial(draw, shape=(size,), dtype=dtype))(key_t)
+
+    jittered = partial(jax.random.uniform, minval=1 - jitter, maxval=1 + jitter)
     experts, choices = config.num_experts, config.router.num_choices(config.num_experts)
-    low, high = 1 - jitter, 1 + jitter
     return RouterNoise(
-        jitter_td=jax.random.uniform(jitter_key, (tokens, config.dim), dtype, low, high) if jitter else None,
-        gumbel_te=gumbel * jax.random.gumbel(gumbel_key, (tokens, experts), dtype) if gumbel else None,
-        uniform_ta=jax.random.uniform(uniform_key, (tokens, choices), dtype) if draws else None,
+        jitter_td=drawn(jitter_key, jittered, config.dim) if jitter else None,
+        gumbel_te=gumbel * drawn(gumbel_key, jax.random.gumbel, experts) if gumbel else None,
+        uniform_ta=drawn(uniform_key, jax.random.uniform, choices) if draws else None,
     )
+
+
+def _check_key(key: Any) -> None:
+    """Of `jax.random.key`, or the raw numbers of `jax.random.PRNGKey`."""
+    dtype, ndim = getattr(key, "dtype", None), getattr(key, "ndim", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not (typed and ndim == 0) and not (dtype == jnp.uint32 and ndim == 1):
+        got = f"a {type(key).__name__}" if dtype is None else f"{key.shape} {dtype}"
+        raise ValueError(f"key must be one PRNG key, got {got}")

@@ -15,6 +15,7 @@ from moe_jax import (
     ExpertChoice,
     MoE,
     MoEOutput,
+    RouterBias,
     SparseMoEBlock,
     TopN,
 )
@@ -65,6 +66,21 @@ def test_padded_equals_compacted(router: str, dispatch: str):
     assert_trees_close(padded[1:], (compacted[1], jnp.zeros_like(x).at[mask].set(compacted[2])), relative=1e-5)
     if dispatch == "index":
         assert float(compacted[0].metrics.dropped_a.max()) > 0
+
+
+@pytest.mark.parametrize(
+    "options", [{"router": TopN(threshold_train=1.0)}, {"gumbel_noise": 1.0}, {"input_jitter": 0.9}], ids=str
+)
+def test_padded_equals_compacted_in_what_is_drawn(options: dict[str, Any]):
+    moe = layer(dispatch="ragged", **options)
+    mask = jnp.asarray([[1, 1, 0, 1, 1, 1, 0, 0], [0, 1, 1, 1, 0, 1, 1, 1]], bool)
+    x = hidden_states(2, 8, 8)
+    one, other = jax.random.key(0), jax.random.key(1)
+    padded = outputs_and_gradients(moe, x, mask, key=one)
+    compacted = outputs_and_gradients(moe, x[mask], key=one)
+    assert_trees_close(dataclasses.replace(padded[0], outputs=padded[0].outputs[mask]), compacted[0], relative=1e-5)
+    assert_trees_close(padded[1], compacted[1], relative=1e-5)
+    assert (apply(moe, x[mask], key=other).outputs != compacted[0].outputs).any()
 
 
 @pytest.mark.parametrize("group_size", ["sequence", 5])
@@ -221,6 +237,15 @@ def test_logits_of_ten_thousand_in_bfloat16(router: str):
     assert out.metrics.nonfinite_logits == 0
 
 
+@pytest.mark.parametrize("router", ["top_n", "sigmoid"])
+def test_no_output_vanishes_where_all_logits_are_minus_ten_thousand(router: str):
+    moe = layer(router=ROUTERS[router], dispatch="ragged")
+    moe.router_de[...] = jnp.full((8, 4), -1e4)
+    out, *gradients = outputs_and_gradients(moe, jnp.abs(hidden_states(2, 12, 8)).astype(jnp.bfloat16))
+    chex.assert_tree_all_finite((out, gradients))
+    assert (out.outputs != 0).any(-1).all()
+
+
 def test_bfloat16_routes_in_float32():
     """A bfloat16 router cannot tell 1.000 from 1.003; this one must."""
     moe = layer(dim=4, router=TopN(n=1))
@@ -280,11 +305,22 @@ def test_one_compilation_serves_every_key_mask_and_weight():
 
 
 def test_layer_changes_nothing_and_holds_only_weights():
-    moe = layer(router=TopN(), gumbel_noise=0.5)
+    moe = layer(router=TopN(bias=True), gumbel_noise=0.5)
     before = jax.tree.map(jnp.copy, moe)
-    apply(moe, hidden_states(2, 12, 8), key=jax.random.key(0))
+    # Not compiled: of a compiled call's arguments the layer could change copies only.
+    moe(hidden_states(2, 12, 8), train=True, key=jax.random.key(0))
     assert_trees_close(moe, before, relative=0)
-    assert hash(moe.config) == hash(config(router=TopN(), gumbel_noise=0.5))
+    assert hash(moe.config) == hash(config(router=TopN(bias=True), gumbel_noise=0.5))
+    held = {"/".join(map(str, path)): type(variable) for path, variable in nnx.to_flat_state(nnx.state(moe))}
+    weights = {f"experts/{name}" for name in ("w_in_edf", "b_in_ef", "mult_bias_ef", "w_out_efd", "b_out_ed")}
+    assert held == dict.fromkeys({"router_de", *weights}, nnx.Param) | {"router_bias_e": RouterBias}
+
+
+def test_selection_bias_is_float32():
+    with jax.enable_x64(True):
+        moe = MoE(config(router=TopN(bias=True)), rngs=nnx.Rngs(0))
+        assert moe.router_bias_e is not None
+        assert moe.router_bias_e.dtype == jnp.float32
 
 
 def test_float64_stays_float64():

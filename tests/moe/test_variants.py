@@ -8,6 +8,7 @@ from flax import nnx
 
 from moe_jax import ExpertChoice, Experts, FeedForward, MoE, MoEConfig, TopN, upcycle, updated_router_bias
 from moe_jax.experts import gelu, initial_weights
+from moe_jax.routing import Score
 from tests.moe.support import apply, assert_trees_close, config, hidden_states, layer
 
 
@@ -113,6 +114,16 @@ def test_upcycled_layer_equals_the_dense_one(bias: bool, dispatch: str):
     assert dense.w_in_df[...].max() < 1
 
 
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_upcycled_layer_equals_the_dense_one_however_sure_the_router_is(score: Score):
+    dense = FeedForward(8, 10, rngs=nnx.Rngs(3), init="original")
+    router = TopN(score=score, policy_train="all", policy_eval="all")
+    moe = upcycle(dense, 4, rngs=nnx.Rngs(4), router=router)
+    moe.router_de[...] = jnp.full((8, 4), -10.0)
+    x = jnp.abs(hidden_states(2, 12, 8))  # logits of about -60
+    np.testing.assert_allclose(apply(moe, x, train=False).outputs, dense(x), atol=1e-6)
+
+
 def test_upcycling_refuses_gates_that_do_not_sum_to_one():
     dense = FeedForward(8, 10, rngs=nnx.Rngs(3))
     for router in (TopN(n=1), ExpertChoice()):
@@ -134,7 +145,7 @@ def test_noise_acts_in_training_only(noise: str):
 
 def test_same_key_same_routing_whatever_the_dispatch():
     key = jax.random.key(7)
-    options = {"router": TopN(), "capacity_factor_train": None, "gumbel_noise": 1.0}
+    options = {"router": TopN(threshold_train=1.0), "capacity_factor_train": None, "gumbel_noise": 1.0}
     x = hidden_states(2, 12, 8)
     dense, index, ragged = (
         apply(layer(dispatch=dispatch, **options), x, key=key) for dispatch in ("dense", "index", "ragged")
