@@ -23,9 +23,12 @@ class MoEConfig:
       capacity_factor_train: floor(group tokens * factor / E) slots per expert; None for no limit.
       capacity_factor_eval: the same, in evaluation.
       min_capacity: lower bound on the slots per expert (never more than there are tokens in the group).
-      group_size: tokens that share a capacity: "batch", "sequence" or a number.
-      slot_order: who gets the slots: "token" (causal in groups of one sequence: "sequence", or a number that divides
-        it), "choice" or "priority"; see `assign_slots`. A router may have an order of its own, as `ExpertChoice` has.
+      group_size: tokens that share a capacity: "batch", "sequence" or a number. A capacity is that of the tokens there
+        are: with more padding in a group, the others have fewer slots.
+      slot_order: who gets the slots: "token", "choice" or "priority"; see `assign_slots`. "token" is causal in groups
+        of one sequence ("sequence", or a number that divides it, where there is no padding). It drops at the end of
+        groups: to train a model that need not be causal in what it drops, "choice" keeps first choices. A router may
+        have an order of its own, as `ExpertChoice` has.
       dispatch: "dense", "index" or "ragged". "ragged" is dropless: it ignores the capacity, unless the router is
         defined by it. "index" without a capacity is dropless too, but reserves a slot per token and expert. "dense" is
         there to check the others against: it multiplies by zeros, so that one token's NaN reaches all.
@@ -91,11 +94,16 @@ class MoEConfig:
         for name in ("straight_through", "bias", "mult_bias", "recompute"):
             flag(name, getattr(self, name))
         positive("hidden_mult", self.hidden_mult)
-        whole("expert_hidden", self.expert_hidden, 1)
+        if self.hidden is not None:
+            whole("hidden", self.hidden, 1)
+        elif not self.expert_hidden:
+            raise ValueError(f"hidden_mult must give hidden states at least 1 wide, got {self.hidden_mult}")
         instance("router", self.router, Router)
         if not callable(self.activation):
             raise ValueError(f"activation must be a function, got {self.activation!r}")
         floating("param_dtype", self.param_dtype)
+        for name in ("data_axis", "expert_axis"):
+            instance(name, getattr(self, name), str)
         if self.data_axis == self.expert_axis:
             raise ValueError(f"data_axis and expert_axis must be different names, got {self.data_axis!r} twice")
         one_of("slot_order", self.slot_order, SLOT_ORDERS)

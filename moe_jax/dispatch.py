@@ -78,9 +78,11 @@ def mixture(
       (T, D) in the gates' dtype: at least float32.
 
     Raises:
-      ValueError: `dispatch` is unknown.
+      ValueError: `dispatch` is unknown, or the routing is of other tokens or experts.
     """
     one_of("dispatch", dispatch, DISPATCHES)
+    if len(x_td) != len(routing.keep_ta):
+        raise ValueError(f"x_td must have the {len(routing.keep_ta)} tokens of the routing, got {len(x_td)}")
     weight_ta = dispatch_weight(routing.gate_ta) if straight_through else None
     if dispatch == "dense":
         return _dense(x_td, routing, experts, weight_ta)

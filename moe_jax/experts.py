@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.checks import one_of
+from moe_jax.checks import instance, one_of, whole
 from moe_jax.grouped import Grouping, OneGroup, Weights, by_group
 from moe_jax.layout import Sent, scaled
 from moe_jax.routing import at_least_float32
@@ -102,6 +102,9 @@ class FeedForward(nnx.Module):
       init: see `initial_weights`.
       param_dtype: dtype of the weights.
 
+    Raises:
+      ValueError: a width is no integer above 0, or an input not as wide as the weights.
+
     Source: Shazeer 2002.05202 (GEGLU); ST-MoE 2202.08906 appendix C (multiplicative bias after the gate).
     """
 
@@ -137,6 +140,8 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(..., D) to (..., D)."""
+        if x.shape[-1:] != (dim := self.w_in_df.shape[0],):
+            raise ValueError(f"x must be (..., {dim}), got {x.shape}")
         weights = weights_by_half(x.dtype, self.w_in_df, self.b_in_f, self.mult_bias_f, self.w_out_fd, self.b_out_d)
         layers, one = GEGLU(self.activation), OneGroup()
         hidden_tf = layers.hidden(one, weights.hidden, x.reshape(-1, x.shape[-1]))
@@ -157,6 +162,9 @@ class Experts(nnx.Module):
       init: as in `FeedForward`.
       recompute: whether gradients compute the hidden states again, and none are kept for them.
       param_dtype: as in `FeedForward`.
+
+    Raises:
+      ValueError: a size is no integer above 0, or an input of other experts or another width.
     """
 
     def __init__(
@@ -173,6 +181,9 @@ class Experts(nnx.Module):
         recompute: bool = False,
         param_dtype: jnp.dtype | type = jnp.float32,
     ) -> None:
+        for name, size in (("num_experts", num_experts), ("dim", dim), ("hidden", hidden)):
+            whole(name, size, 1)
+        instance("rngs", rngs, nnx.Rngs)
         weights = partial(initial_weights, init=init, dtype=param_dtype)
         biases = partial(initial_biases, init=init, dtype=param_dtype)
         self.activation = activation
@@ -185,15 +196,28 @@ class Experts(nnx.Module):
 
     def batched(self, x_ecd: jax.Array) -> jax.Array:
         """Every expert on its own C rows: (E, C, D) to (E, C, D)."""
+        self._check(len(x_ecd), x_ecd)
         return self._by_group(x_ecd.reshape(-1, x_ecd.shape[2]), None).reshape(x_ecd.shape)
 
     def grouped(self, x_sd: jax.Array, sizes_e: jax.Array) -> jax.Array:
         """Rows sorted by expert, `sizes_e` each: (S, D) to (S, D). Rows beyond the last expert's are undefined."""
+        self._check(len(sizes_e), x_sd)
         return self._by_group(x_sd, sizes_e)
 
     def mixed(self, x_td: jax.Array, sent: Sent, sizes: jax.Array | int) -> jax.Array:
         """Each token's sum over its rows (see `moe_jax.dispatch.ExpertFunctions`)."""
-        return self._by_group(x_td, None if isinstance(sizes, int) else sizes, sent)
+        if isinstance(sizes, int):
+            self._check(len(sent.gate_s) // sizes if sizes else self.w_in_edf.shape[0], x_td)
+            return self._by_group(x_td, None, sent)
+        self._check(len(sizes), x_td)
+        return self._by_group(x_td, sizes, sent)
+
+    def _check(self, num_experts: int, x: jax.Array) -> None:
+        own, dim, _ = self.w_in_edf.shape
+        if num_experts != own:
+            raise ValueError(f"experts must be the {num_experts} of the routing, got {own}")
+        if x.shape[-1] != dim:
+            raise ValueError(f"x must be {dim} wide, got {x.shape}")
 
     def _by_group(self, x: jax.Array, sizes_e: jax.Array | None, sent: Sent | None = None) -> jax.Array:
         weights = weights_by_half(

@@ -1,12 +1,14 @@
 """Weights from the PyTorch package st-moe-pytorch."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from moe_jax.checks import flag
 from moe_jax.config import MoEConfig
 from moe_jax.coordinate_descent import CoordinateDescent
 from moe_jax.dispatch import Dispatch
@@ -15,6 +17,15 @@ from moe_jax.layer import MoE, SparseMoEBlock
 from moe_jax.routing import SlotOrder, TopN
 
 StateDict = Mapping[str, Any]
+
+# What arguments of ours are called there.
+THEIR_NAMES = {
+    "n": "gating_top_n",
+    "hidden_mult": "expert_hidden_mult",
+    "balance_coef": "balance_loss_coef",
+    "router_z_coef": "router_z_loss_coef",
+    "straight_through": "straight_through_dispatch_tensor",
+}
 
 
 def config_from_torch(
@@ -40,12 +51,16 @@ def config_from_torch(
     Args are the original's, with its defaults, and three of ours: `slot_order` (the original's is "choice"), `dispatch`
     and `recompute`. Unlike the original, evaluation is deterministic, and `differentiable_topk` keeps the router's
     gates.
+
+    Raises:
+      ValueError: an argument is out of range.
     """
+    flag("differentiable_topk", differentiable_topk)
     router = CoordinateDescent if differentiable_topk else TopN
-    return MoEConfig(
+    config = partial(
+        MoEConfig,
         dim=dim,
         num_experts=num_experts,
-        router=router(n=gating_top_n, threshold_train=threshold_train, threshold_eval=threshold_eval),
         capacity_factor_train=capacity_factor_train,
         capacity_factor_eval=capacity_factor_eval,
         slot_order=slot_order,
@@ -57,6 +72,11 @@ def config_from_torch(
         hidden_mult=expert_hidden_mult,
         init="original",
     )
+    try:
+        return config(router=router(n=gating_top_n, threshold_train=threshold_train, threshold_eval=threshold_eval))
+    except ValueError as error:
+        name, _, rest = str(error).partition(" ")
+        raise ValueError(f"{THEIR_NAMES.get(name, name)} {rest}") from error
 
 
 def moe_from_torch(state_dict: StateDict, **args: Any) -> MoE:

@@ -47,7 +47,7 @@ class Metrics:
     """What a router did. No gradient.
 
     Attributes:
-      load_e: (E,) share of the assignments asked for, before capacity; sums to 1.
+      load_e: (E,) share of the assignments asked for, before capacity; sums to 1. Always uniform of `ExpertChoice`.
       wanted_a: (A,) share of tokens that asked for their candidate of each rank.
       dropped_a: (A,) share of the assignments asked for that capacity refused, per rank.
       router_entropy: (), mean entropy of the router probabilities, in nats; ln E when undecided.

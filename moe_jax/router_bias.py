@@ -6,7 +6,10 @@ from flax import nnx
 
 
 class RouterBias(nnx.Variable):
-    """The selection bias of a router, (E,) float32. Not an `nnx.Param`: no gradient and no weight decay is for it."""
+    """The selection bias of a router, (E,) float32. Not an `nnx.Param`: no gradient reaches it.
+
+    An optimiser over `nnx.state(model, nnx.Param)` leaves it alone; one over everything may decay it.
+    """
 
 
 def updated_router_bias(bias_e: jax.Array, load_e: jax.Array, rate: float = 1e-3) -> jax.Array:
@@ -21,6 +24,11 @@ def updated_router_bias(bias_e: jax.Array, load_e: jax.Array, rate: float = 1e-3
     Returns:
       (E,) float, a new array.
 
+    Raises:
+      ValueError: the shapes differ.
+
     Source: DeepSeek-V3 2412.19437 section 2.1.2; Wang et al. 2408.15664 algorithm 1.
     """
+    if load_e.shape != bias_e.shape:
+        raise ValueError(f"load_e must be {bias_e.shape}, as bias_e is, got {load_e.shape}")
     return bias_e + rate * jnp.sign(load_e.mean() - load_e)

@@ -82,18 +82,23 @@ def capacity(tokens: int, num_experts: int, factor: float | None, min_capacity: 
     twice). Without a factor there is a slot for every token, and nothing is ever dropped.
 
     Raises:
-      ValueError: `factor` is not positive.
+      ValueError: `factor` is not positive, or another argument no integer or too small.
 
     Source: ST-MoE 2202.08906 section 2; the factor multiplies tokens, not assignments.
     """
+    whole("tokens", tokens, 0)
+    whole("num_experts", num_experts, 1)
+    whole("min_capacity", min_capacity, 0)
+    if factor is not None:
+        positive("factor", factor, otherwise=" or None")
     return int(_capacity_table(np.asarray(tokens), num_experts, factor, min_capacity))
 
 
 def _capacity_table(tokens: np.ndarray, num_experts: int, factor: float | None, min_capacity: int) -> np.ndarray:
     if factor is None:
         return tokens.astype(np.int32)
-    positive("capacity_factor", factor, otherwise=" or None")
-    slots = np.floor(tokens * factor / num_experts)
+    # 100 * 1.15 / 5 is 23, and a little less in floating point.
+    slots = np.floor(tokens * factor / num_experts * (1 + 1e-12))
     return np.minimum(np.maximum(slots, min_capacity), tokens).astype(np.int32)
 
 
@@ -115,7 +120,8 @@ def assign_slots(
       capacity_factor: slots per expert as a share of group tokens / E, or None for no limit.
       min_capacity: a lower bound on the slots per expert.
       slot_order: who comes first in an expert's queue. "token": earlier tokens, so that a token's slot never depends
-        on later ones (where a group has tokens of several sequences, those of the first come first, all of them).
+        on later ones (where a group has tokens of several sequences, those of the first come first, all of them). Who
+        finds an expert full is at the end then.
         "choice": first choices of all tokens, then second choices. "priority": as "choice", but the
         tokens most sure of their first choice go first (batch priority routing).
 
@@ -130,6 +136,8 @@ def assign_slots(
     one_of("slot_order", slot_order, SLOT_ORDERS)
     if num_experts != choice.probs_te.shape[1]:
         raise ValueError(f"num_experts must be the choice's {choice.probs_te.shape[1]}, got {num_experts}")
+    if capacity_factor is not None:
+        positive("capacity_factor", capacity_factor, otherwise=" or None")
     # The number of real tokens decides, not the padded length: a padded batch drops what the compacted one drops.
     limit_by_count = _capacity_table(np.arange(groups.size + 1), num_experts, capacity_factor, min_capacity)
     slots = int(limit_by_count[-1])

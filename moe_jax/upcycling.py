@@ -26,23 +26,25 @@ def upcycle(feed_forward: FeedForward, num_experts: int, *, rngs: nnx.Rngs, **op
       **options: of `MoEConfig`, besides what the dense layer determines.
 
     Raises:
-      ValueError: the router's gates do not sum to 1, or another argument is out of range.
+      ValueError: the router's gates do not sum to 1, an option is for the dense layer to determine, or another argument
+        is out of range.
 
     Source: Komatsuzaki et al. 2212.05055 (sparse upcycling).
     """
     instance("feed_forward", feed_forward, FeedForward)
     defaults = {"router": TopN(policy_train="all", policy_eval="all"), "dispatch": "ragged"}
     dim, hidden_twice = feed_forward.w_in_df.shape
-    config = MoEConfig(
-        dim=dim,
-        num_experts=num_experts,
-        hidden=hidden_twice // 2,
-        bias=feed_forward.b_in_f is not None,
-        mult_bias=feed_forward.mult_bias_f is not None,
-        activation=feed_forward.activation,
-        param_dtype=feed_forward.w_in_df.dtype,
-        **(defaults | options),
-    )
+    inherited = {
+        "dim": dim,
+        "hidden": hidden_twice // 2,
+        "bias": feed_forward.b_in_f is not None,
+        "mult_bias": feed_forward.mult_bias_f is not None,
+        "activation": feed_forward.activation,
+        "param_dtype": feed_forward.w_in_df.dtype,
+    }
+    if twice := sorted(inherited.keys() & options):
+        raise ValueError(f"options must leave to the dense layer what it determines, got {', '.join(twice)}")
+    config = MoEConfig(num_experts=num_experts, **inherited, **(defaults | options))
     if not isinstance(config.router, TopN) or config.router.n == 1:
         raise ValueError(f"router must be TopN with n of at least 2 (gates that sum to 1), got {config.router}")
     if config.num_shared_experts:

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from moe_jax import Experts, Routing, mixture, token_groups
-from moe_jax.dispatch import Dispatch, ExpertFunctions, dispatch_weight, sorted_rows
+from moe_jax.dispatch import DISPATCHES, Dispatch, ExpertFunctions, dispatch_weight, sorted_rows
 from moe_jax.layout import collect, layout, spread
 from tests.moe.support import assert_trees_close, assign_slots, choice, hidden_states
 
@@ -126,6 +126,16 @@ def test_mixture_by_hand():
     dispatch: Dispatch
     for dispatch in ("dense", "index", "ragged"):
         np.testing.assert_allclose(mixture(x_td, routing, Times(), dispatch=dispatch), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dispatch", DISPATCHES)
+def test_a_routing_of_other_tokens_or_experts_is_refused(dispatch: Dispatch):
+    routing = routing_of(uniform(2), capacity_factor=1.0)
+    with pytest.raises(ValueError, match="x_td must have the 24 tokens of the routing, got 23"):
+        mixture(hidden_states(TOKENS - 1, DIM), routing, experts(), dispatch=dispatch)
+    fewer = Experts(EXPERTS // 2, DIM, 5, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="experts must be the 4 of the routing, got 2"):
+        mixture(hidden_states(TOKENS, DIM), routing, fewer, dispatch=dispatch)
 
 
 def test_straight_through_is_exact_in_floating_point_and_passes_the_gradient():

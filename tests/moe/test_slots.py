@@ -20,6 +20,7 @@ ONE_GROUP = token_groups(jnp.ones(4, bool), 4, "batch")
         (1024, 16, 2.0, 4, 128),
         (24, 6, 1.25, 4, 5),
         (24, 4, 1.25, 4, 7),  # 7.5 rounds down
+        (100, 5, 1.15, 0, 23),  # 22.999... in floating point
         (24, 16, 1.0, 4, 4),  # 1.5, but at least 4
         (24, 16, 1.0, 0, 1),
         (1, 16, 2.0, 4, 1),  # never more slots than tokens: the original gives one token 64 slots
