@@ -10,9 +10,9 @@ import jax.numpy as jnp
 
 # Where groups differ, blocks are one to LENGTHS steps long, and each length is code of its own. A step is a sixteenth
 # of the mean group, but within these bounds: products of fewer rows are no faster, and hidden states of more than
-# LENGTHS * LONGEST_STEP rows leave the processor's cache.
+# LENGTHS * LONGEST_STEP rows leave the processor's cache, and take memory for no speed.
 LENGTHS = 20
-SHORTEST_STEP, LONGEST_STEP = 8, 32
+SHORTEST_STEP, LONGEST_STEP = 8, 16
 
 
 class Window(NamedTuple):

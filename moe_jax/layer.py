@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,21 +67,14 @@ class MoE(nnx.Module):
         self.mesh = mesh
         placement(config, mesh)
         instance("rngs", rngs, nnx.Rngs)
-        expert = {
-            "rngs": rngs,
-            "bias": config.bias,
-            "mult_bias": config.mult_bias,
-            "activation": config.activation,
-            "init": config.init,
-            "param_dtype": config.param_dtype,
-        }
+        options = _feed_forward_options(config)
         shape = (config.dim, config.num_experts)
         self.router_de = nnx.Param(_initial_router(rngs.params(), shape, config))
         self.experts = Experts(
-            config.num_experts, config.dim, config.expert_hidden, recompute=config.recompute, **expert
+            config.num_experts, config.dim, config.expert_hidden, rngs=rngs, recompute=config.recompute, **options
         )
         shared_hidden = config.num_shared_experts * config.expert_hidden
-        self.shared = FeedForward(config.dim, shared_hidden, **expert) if shared_hidden else None
+        self.shared = FeedForward(config.dim, shared_hidden, rngs=rngs, **options) if shared_hidden else None
         biased = config.router.selection_bias
         self.router_bias_e = RouterBias(jnp.zeros(config.num_experts, jnp.float32)) if biased else None
 
@@ -230,16 +224,7 @@ class SparseMoEBlock(nnx.Module):
         def feed_forward(wanted: bool) -> FeedForward | None:
             if rngs is None or not wanted:
                 return None
-            return FeedForward(
-                config.dim,
-                config.expert_hidden,
-                rngs=rngs,
-                bias=config.bias,
-                mult_bias=config.mult_bias,
-                activation=config.activation,
-                init=config.init,
-                param_dtype=config.param_dtype,
-            )
+            return FeedForward(config.dim, config.expert_hidden, rngs=rngs, **_feed_forward_options(config))
 
         def norm(wanted: bool) -> RMSNorm | None:
             return RMSNorm(config.dim, param_dtype=config.param_dtype) if wanted else None
@@ -309,6 +294,12 @@ def check_call(config: MoEConfig, x: jax.Array, mask: jax.Array | None, *, train
         raise ValueError(f"x must be floating point, got {got}")
     if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != jnp.bool_):
         raise ValueError(f"mask must be {x.shape[:-1]} bool, got {mask.shape} {mask.dtype}")
+
+
+def _feed_forward_options(config: MoEConfig) -> dict[str, Any]:
+    """What experts and dense feed-forwards of a layer have in common."""
+    names = ("bias", "mult_bias", "activation", "init", "param_dtype")
+    return {name: getattr(config, name) for name in names}
 
 
 def _initial_router(key: jax.Array, shape: tuple[int, int], config: MoEConfig) -> jax.Array:

@@ -1,5 +1,9 @@
+"""The benchmark of mixtures measures what it says, on layers small enough to be quick."""
+
 import dataclasses
 import json
+import pathlib
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -8,7 +12,7 @@ from experiments import benchmark_moe
 from experiments.peak_memory import peak_memory
 
 
-def tiny(folder, *sections):
+def tiny(folder: pathlib.Path, *sections: benchmark_moe.Section) -> benchmark_moe.Config:
     return benchmark_moe.Config(
         sections=sections,
         dim=8,
@@ -22,7 +26,7 @@ def tiny(folder, *sections):
     )
 
 
-def test_sections_are_measured_and_added_to_the_file(tmp_path):
+def test_sections_are_measured_and_added_to_the_file(tmp_path: pathlib.Path):
     benchmark_moe.main(tiny(tmp_path, "dense", "sequence"))
     report = benchmark_moe.main(tiny(tmp_path, "experts"))
     assert json.loads((tmp_path / "results" / "moe.json").read_text()) == json.loads(json.dumps(report))
@@ -40,7 +44,7 @@ def test_sections_are_measured_and_added_to_the_file(tmp_path):
     assert report["experts"]["config"]["repeats"] == 2
 
 
-def test_meshes_are_read_from_their_programs(tmp_path):
+def test_meshes_are_read_from_their_programs(tmp_path: pathlib.Path):
     report = benchmark_moe.main(dataclasses.replace(tiny(tmp_path, "dense"), mesh=("1x1", "1x2", "2x2"), shape=(1, 32)))
     assert list(report) == ["mesh"]
     alone, rows = report["mesh"]["rows"][:2], report["mesh"]["rows"][2:]
@@ -63,7 +67,7 @@ def test_meshes_are_read_from_their_programs(tmp_path):
         (("4x4",), "mesh must fit the 8 devices, got 4x4"),
     ],
 )
-def test_meshes_refused(tmp_path, mesh, message):
+def test_meshes_refused(tmp_path: pathlib.Path, mesh: tuple[str, ...], message: str):
     with pytest.raises(ValueError, match=message):
         benchmark_moe.main(dataclasses.replace(tiny(tmp_path), mesh=mesh))
 
@@ -73,7 +77,7 @@ def test_exponents():
     assert benchmark_moe._exponent({"1": 1.0, "2": 4.0, "4": 16.0}) == pytest.approx(2)
 
 
-def touches(megabytes):
+def touches(megabytes: int) -> Callable[[int], np.integer]:
     return lambda repeat: np.ones(megabytes * 2**20, np.uint8).sum()
 
 

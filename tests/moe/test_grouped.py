@@ -82,10 +82,10 @@ def test_groups_in_blocks(rows: int, sizes: list[int]):
     assert_close(*in_blocks_and_by_rows(hidden_states(rows, 5), hidden_states(rows, 5, seed=3), jnp.asarray(sizes)))
 
 
-@pytest.mark.parametrize("size", [3, 641, 642])
+@pytest.mark.parametrize("size", [3, 321, 322])
 def test_groups_of_one_size(size: int):
     """In one block each, in two that do not divide them, and in two that do."""
-    assert blocks_of_equal_groups(4, size) == Blocks(4 * size, (3,) if size == 3 else (321,), exact=size != 641)
+    assert blocks_of_equal_groups(4, size) == Blocks(4 * size, (3,) if size == 3 else (161,), exact=size != 321)
     rows_sd, bar_sd = hidden_states(4 * size, 5), hidden_states(4 * size, 5, seed=3)
 
     def equal(weights: Any, rows_sd: jax.Array) -> jax.Array:
