@@ -62,7 +62,7 @@ def draw_noise(
         raise ValueError(f"key must be a PRNG key for {needed}, got None")
     _check_key(key)
     jitter_key, gumbel_key, uniform_key = jax.random.split(key, 3)
-    before_t = jnp.arange(tokens) if mask_t is None else jnp.cumsum(mask_t, dtype=jnp.int32) - mask_t
+    before_t = jnp.arange(tokens, dtype=jnp.int32) if mask_t is None else jnp.cumsum(mask_t, dtype=jnp.int32) - mask_t
 
     def drawn(key: jax.Array, draw: Callable[..., jax.Array], size: int) -> jax.Array:
         key_t = jax.vmap(jax.random.fold_in, (None, 0))(key, before_t)
