@@ -211,6 +211,8 @@ def test_refused(make: Callable[[], object], message: str):
 
 
 def test_no_key_is_needed_where_nothing_is_random():
-    jax.eval_shape(lambda: layer(router=TopN(), gumbel_noise=1.0)(hidden_states(*X), train=False))
-    jax.eval_shape(lambda: layer(router=TopN(n=1))(hidden_states(*X), train=True))
-    jax.eval_shape(lambda: SparseMoEBlock(layer(), add_ff_after=False)(hidden_states(*X), train=True))
+    # Made beforehand: layers are kept for other tests, and one made in a trace would be of it.
+    evaluated, single, plain = layer(router=TopN(), gumbel_noise=1.0), layer(router=TopN(n=1)), layer()
+    jax.eval_shape(lambda: evaluated(hidden_states(*X), train=False))
+    jax.eval_shape(lambda: single(hidden_states(*X), train=True))
+    jax.eval_shape(lambda: SparseMoEBlock(plain, add_ff_after=False)(hidden_states(*X), train=True))
