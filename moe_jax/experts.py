@@ -207,15 +207,16 @@ class Experts(nnx.Module):
     def mixed(self, x_td: jax.Array, sent: Sent, sizes: jax.Array | int) -> jax.Array:
         """Each token's sum over its rows (see `moe_jax.dispatch.ExpertFunctions`)."""
         if isinstance(sizes, int):
-            self._check(len(sent.gate_s) // sizes if sizes else self.w_in_edf.shape[0], x_td)
+            self._check(len(sent.gate_s) // max(sizes, 1), x_td)
             return self._by_group(x_td, None, sent)
         self._check(len(sizes), x_td)
         return self._by_group(x_td, sizes, sent)
 
-    def _check(self, num_experts: int, x: jax.Array) -> None:
-        own, dim, _ = self.w_in_edf.shape
-        if num_experts != own:
-            raise ValueError(f"experts must be the {num_experts} of the routing, got {own}")
+    def _check(self, routed: int, x: jax.Array) -> None:
+        """Raises ValueError when rows are for other experts, or of another width. Of no rows that is not known."""
+        experts, dim, _ = self.w_in_edf.shape
+        if routed not in (0, experts):
+            raise ValueError(f"experts must be the {routed} of the routing, got {experts}")
         if x.shape[-1] != dim:
             raise ValueError(f"x must be {dim} wide, got {x.shape}")
 

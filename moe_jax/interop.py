@@ -1,7 +1,6 @@
 """Weights from the PyTorch package st-moe-pytorch."""
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -57,23 +56,22 @@ def config_from_torch(
     """
     flag("differentiable_topk", differentiable_topk)
     router = CoordinateDescent if differentiable_topk else TopN
-    config = partial(
-        MoEConfig,
-        dim=dim,
-        num_experts=num_experts,
-        capacity_factor_train=capacity_factor_train,
-        capacity_factor_eval=capacity_factor_eval,
-        slot_order=slot_order,
-        dispatch=dispatch,
-        recompute=recompute,
-        straight_through=straight_through_dispatch_tensor,
-        balance_coef=balance_loss_coef,
-        router_z_coef=router_z_loss_coef,
-        hidden_mult=expert_hidden_mult,
-        init="original",
-    )
     try:
-        return config(router=router(n=gating_top_n, threshold_train=threshold_train, threshold_eval=threshold_eval))
+        return MoEConfig(
+            dim=dim,
+            num_experts=num_experts,
+            router=router(n=gating_top_n, threshold_train=threshold_train, threshold_eval=threshold_eval),
+            capacity_factor_train=capacity_factor_train,
+            capacity_factor_eval=capacity_factor_eval,
+            slot_order=slot_order,
+            dispatch=dispatch,
+            recompute=recompute,
+            straight_through=straight_through_dispatch_tensor,
+            balance_coef=balance_loss_coef,
+            router_z_coef=router_z_loss_coef,
+            hidden_mult=expert_hidden_mult,
+            init="original",
+        )
     except ValueError as error:
         name, _, rest = str(error).partition(" ")
         raise ValueError(f"{THEIR_NAMES.get(name, name)} {rest}") from error
