@@ -232,7 +232,8 @@ def _gradients(
     if hidden is None:
         hidden = first_half(weights.hidden, rows)
     outputs, pull = jax.vjp(partial(layers.output, grouping), weights.output, hidden, rows.gate_s)
-    output_weights_bar, hidden_bar, gate_bar_s = pull(outputs_bar.astype(outputs.dtype))
+    # One half after the other: with both at once, XLA would keep the arrays of both.
+    output_weights_bar, hidden_bar, gate_bar_s = jax.lax.optimization_barrier(pull(outputs_bar.astype(outputs.dtype)))
     hidden_weights_bar, rows_bar = jax.vjp(first_half, weights.hidden, rows)[1](hidden_bar)
     return Weights(hidden_weights_bar, output_weights_bar), rows_bar._replace(gate_s=gate_bar_s)
 
