@@ -45,8 +45,9 @@ class Window(NamedTuple):
 
 
 class Place(NamedTuple):
-    """A group's first row, and how many it has."""
+    """Which group it is, its first row, and how many it has."""
 
+    number: jax.Array
     start: jax.Array
     size: jax.Array
 

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.checks import instance, one_of, whole
-from moe_jax.grouped import Grouping, OneGroup, Weights, by_group
+from moe_jax.grouped import Weights, by_group
+from moe_jax.grouping import Grouping, OneGroup
 from moe_jax.layout import Sent, scaled
 from moe_jax.routing import at_least_float32
 

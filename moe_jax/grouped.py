@@ -13,7 +13,11 @@ blocks of rows:
 Where a block is longer than what is left of its group, its last rows are zero and what becomes of them is dropped. A
 block takes its rows from the tokens and adds to the sums of the tokens, so that no buffer holds all rows. Its hidden
 states are used while they are in the processor's cache; those of all rows are kept for the gradient only, unless it
-is to compute them again.
+is to compute them again. Where they fit, they are kept where a gradient will be, and take no memory of their own:
+
+    gradient of the first half's weights, (E, D, F)     group 0             group 1
+    after the forward pass                              hidden | zeros      hidden | zeros
+    after the gradients of group 0                      its gradient        hidden | zeros
 """
 
 from collections.abc import Callable
@@ -25,6 +29,7 @@ import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
 
 from moe_jax.blocks import Blocks, Place, Window, blocks_of_equal_groups, blocks_of_groups
+from moe_jax.grouping import EqualGroups, Grouping, OneGroup, SortedGroups
 from moe_jax.layout import Layout, Sent, collect, scaled, spread, taken
 
 
@@ -63,18 +68,6 @@ class Operands(NamedTuple):
         return jnp.zeros_like(x, x.dtype if self.layout is None else jnp.promote_types(x.dtype, jnp.float32))
 
 
-class Grouping(Protocol):
-    """How rows meet the weights of their group."""
-
-    def product(self, rows: jax.Array, weights: jax.Array) -> jax.Array:
-        """Each row times its group's matrix: (..., D) and ([E,] D, F) to (..., F)."""
-        ...
-
-    def each(self, vectors: jax.Array) -> jax.Array:
-        """Each row's group's vector, of ([E,] F), to be added to the rows or multiplied with them."""
-        ...
-
-
 class TwoLayers(Protocol):
     """A feed-forward in two halves. Hashable."""
 
@@ -85,54 +78,6 @@ class TwoLayers(Protocol):
     def output(self, grouping: Grouping, weights: Any, hidden: jax.Array, gate_s: jax.Array | None) -> jax.Array:
         """(S, F) to (S, D), each row times its gate if there are gates."""
         ...
-
-
-class OneGroup:
-    """(L, ...) rows of a single group, whose weights have no axis of groups."""
-
-    def product(self, rows: jax.Array, weights: jax.Array) -> jax.Array:
-        """As in `Grouping`."""
-        return rows @ weights
-
-    def each(self, vectors: jax.Array) -> jax.Array:
-        """As in `Grouping`."""
-        return vectors[None]
-
-
-class EqualGroups:
-    """(S, ...) rows sorted by group, S / E each."""
-
-    def __init__(self, num_rows: int) -> None:
-        self.num_rows = num_rows
-
-    def product(self, rows: jax.Array, weights: jax.Array) -> jax.Array:
-        """As in `Grouping`."""
-        by_group = rows.reshape(len(weights), -1, rows.shape[1])
-        return jnp.matmul(by_group, weights).reshape(self.num_rows, -1)
-
-    def each(self, vectors: jax.Array) -> jax.Array:
-        """As in `Grouping`."""
-        return jnp.repeat(vectors, self.num_rows // len(vectors), axis=0)
-
-
-class SortedGroups:
-    """(S, ...) rows sorted by group, `sizes_e` each. What becomes of those beyond the last group is zero."""
-
-    def __init__(self, sizes_e: jax.Array, num_rows: int) -> None:
-        self.sizes_e = sizes_e
-        self.group_s = jnp.repeat(jnp.arange(len(sizes_e)), sizes_e, total_repeat_length=num_rows)
-        self.used_s1 = (jnp.arange(num_rows) < sizes_e.sum())[:, None]
-
-    def product(self, rows: jax.Array, weights: jax.Array) -> jax.Array:
-        """As in `Grouping`."""
-        # Rows beyond the last group may come out as NaN, of the product and of its gradient: the second `where` stops
-        # the one, the first stops the other. Multiplying by 0 would not.
-        rows = jnp.where(self.used_s1, rows, 0)
-        return jnp.where(self.used_s1, jax.lax.ragged_dot(rows, weights, self.sizes_e), 0)
-
-    def each(self, vectors: jax.Array) -> jax.Array:
-        """As in `Grouping`."""
-        return jnp.where(self.used_s1, vectors.at[self.group_s].get(indices_are_sorted=True), 0)
 
 
 def by_group(
@@ -185,7 +130,8 @@ Saved = tuple[Operands, jax.Array | None]
 
 
 def _forward(layers: TwoLayers, recompute: bool, operands: Operands) -> tuple[jax.Array, Saved]:
-    hidden, outputs = _where_it_runs(forward_in_blocks, forward_at_once, (layers, not recompute), operands)
+    kept = None if recompute else kept_for_gradients(layers, operands)
+    hidden, outputs = _where_it_runs(forward_in_blocks, forward_at_once, (layers, kept), operands)
     return outputs, (operands, hidden)
 
 
@@ -208,6 +154,31 @@ def _where_it_runs(
     # Under `jax.vmap`, groups of any size go one batch entry after the other: `ragged_dot` takes no other, and of loops
     # of different lengths every step would copy what all of them carry.
     return (compute if operands.sizes_e is None else sequential_vmap(compute))(operands, *rest)
+
+
+def kept_for_gradients(layers: TwoLayers, operands: Operands) -> jax.ShapeDtypeStruct:
+    """What hidden states are kept in: (S, F), or where a gradient will be, (E, D, F), the first S / E of every D.
+
+    The latter on a CPU, if groups are of one size, one block each, and need at least half the place: in a loop over
+    layers, gradients are kept elsewhere. The gradient is that of the first of the first half's weights. A program for
+    another device than the default one is right with either.
+    """
+    first = jax.tree.leaves(operands.weights.hidden)[0]
+
+    def of_first_group(weights: Any, x: jax.Array) -> jax.Array:
+        return layers.hidden(OneGroup(), jax.tree.map(lambda weight: weight[0], weights), x)
+
+    hidden_tf = jax.eval_shape(of_first_group, operands.weights.hidden, operands.rows.x)
+    num_rows, width = operands.num_rows, hidden_tf.shape[1]
+    size = num_rows // len(first)
+    in_place = (
+        jax.default_backend() == "cpu"
+        and operands.sizes_e is None
+        and blocks_of_equal_groups(len(first), size).lengths == (size,)
+        and size <= first.shape[1] <= 2 * size
+        and (first.shape[2:], jnp.promote_types(first.dtype, jnp.float32)) == ((width,), hidden_tf.dtype)
+    )
+    return jax.ShapeDtypeStruct(first.shape if in_place else (num_rows, width), hidden_tf.dtype)
 
 
 def _hidden(layers: TwoLayers, grouping: Grouping, weights: Any, rows: Rows) -> jax.Array:
@@ -245,10 +216,20 @@ def _at_once(operands: Operands) -> tuple[Grouping, Rows]:
     return grouping, rows if layout is None else rows._replace(x=spread(layout, rows.x))
 
 
-def forward_at_once(layers: TwoLayers, keep: bool, operands: Operands) -> tuple[jax.Array | None, jax.Array]:
+def forward_at_once(
+    layers: TwoLayers, kept: jax.ShapeDtypeStruct | None, operands: Operands
+) -> tuple[jax.Array | None, jax.Array]:
     """Hidden states, if they are to be kept, and outputs, where an accelerator computes them."""
     hidden, outputs = _both(layers, *_at_once(operands), operands.weights)
-    return hidden if keep else None, outputs if operands.layout is None else collect(operands.layout, outputs)
+    if operands.layout is not None:
+        outputs = collect(operands.layout, outputs)
+    if kept is None:
+        return None, outputs
+    if kept.ndim == 3:
+        num_groups, room, width = kept.shape
+        by_group = hidden.reshape(num_groups, -1, width)
+        hidden = jnp.pad(by_group, ((0, 0), (0, room - by_group.shape[1]), (0, 0)))
+    return hidden, outputs
 
 
 def gradients_at_once(
@@ -259,6 +240,9 @@ def gradients_at_once(
         # Not at once with the forward pass, of whose product XLA would see that it is the same.
         rows, outputs_bar = jax.lax.optimization_barrier((operands.rows, outputs_bar))
         operands = operands._replace(rows=rows)
+    elif hidden.ndim == 3:
+        num_groups, _, width = hidden.shape
+        hidden = hidden[:, : operands.num_rows // num_groups].reshape(-1, width)
     layout, x = operands.layout, operands.rows.x
     bar_sd = outputs_bar if layout is None else spread(layout, outputs_bar)
     weights_bar, bars = _gradients(layers, *_at_once(operands), operands.weights, hidden, bar_sd)
@@ -268,13 +252,14 @@ def gradients_at_once(
 def _cut(operands: Operands) -> tuple[Blocks, Place]:
     """Blocks, and the place of each group."""
     sizes_e, num_rows, num_groups = operands.sizes_e, operands.num_rows, len(jax.tree.leaves(operands.weights)[0])
+    number_e = jnp.arange(num_groups)
     if sizes_e is not None:
-        return blocks_of_groups(num_groups, num_rows), Place(jnp.cumsum(sizes_e) - sizes_e, sizes_e)
+        return blocks_of_groups(num_groups, num_rows), Place(number_e, jnp.cumsum(sizes_e) - sizes_e, sizes_e)
     size = num_rows // num_groups
     # Sizes that XLA does not know: of a single block it would make a part of the loop over groups, where it copies the
     # second half's weights while it multiplies by the first's, a third slower.
     size_e = jax.lax.optimization_barrier(jnp.full(num_groups, size, jnp.int32))
-    return blocks_of_equal_groups(num_groups, size), Place(jnp.arange(num_groups) * size, size_e)
+    return blocks_of_equal_groups(num_groups, size), Place(number_e, number_e * size, size_e)
 
 
 def _read(operands: Operands, window: Window) -> tuple[jax.Array, Rows]:
@@ -285,7 +270,30 @@ def _read(operands: Operands, window: Window) -> tuple[jax.Array, Rows]:
     return index_l, Rows(taken(x, index_l), *jax.tree.map(window.read, factors))
 
 
-def forward_in_blocks(layers: TwoLayers, keep: bool, operands: Operands) -> tuple[jax.Array | None, jax.Array]:
+def _write_kept(kept: jax.Array, window: Window, place: Place, hidden_lf: jax.Array) -> jax.Array:
+    """What `kept_for_gradients` describes, with a block's hidden states."""
+    if kept.ndim == 2:
+        return window.write(kept, hidden_lf)
+    return jax.lax.dynamic_update_slice(kept, hidden_lf[None], (place.number, 0, 0))
+
+
+def _read_kept(kept: jax.Array, window: Window, place: Place) -> jax.Array:
+    """(L, F) a block's hidden states."""
+
+    def read() -> jax.Array:
+        if kept.ndim == 2:
+            return window.read(kept)
+        return jax.lax.dynamic_slice(kept, (place.number, 0, 0), (1, window.length, kept.shape[2]))[0]
+
+    # XLA makes one loop of a slice and the arithmetic behind it, which is not vectorised then; what a branch gives it
+    # leaves alone.
+    zeros_lf = jnp.zeros_like(kept, shape=(window.length, kept.shape[-1]))
+    return jax.lax.cond(place.size > 0, read, lambda: zeros_lf)
+
+
+def forward_in_blocks(
+    layers: TwoLayers, kept: jax.ShapeDtypeStruct | None, operands: Operands
+) -> tuple[jax.Array | None, jax.Array]:
     """Hidden states, if they are to be kept, and outputs, where a CPU computes them."""
     blocks, places = _cut(operands)
 
@@ -295,20 +303,16 @@ def forward_in_blocks(layers: TwoLayers, keep: bool, operands: Operands) -> tupl
         def block(
             window: Window, first: bool, carry: tuple[jax.Array | None, jax.Array]
         ) -> tuple[jax.Array | None, jax.Array]:
-            hidden_sf, sums = carry
+            hidden, sums = carry
             index_l, rows = _read(operands, window)
             hidden_lf, outputs_ld = _both(layers, OneGroup(), rows, weights)
-            if hidden_sf is not None:
-                hidden_sf = window.write(hidden_sf, hidden_lf)
-            return hidden_sf, sums.at[index_l].add(outputs_ld.astype(sums.dtype), mode="drop")
+            if hidden is not None:
+                hidden = _write_kept(hidden, window, place, hidden_lf)
+            return hidden, sums.at[index_l].add(outputs_ld.astype(sums.dtype), mode="drop")
 
         return blocks.each(place, block, carry), None
 
-    no_hidden = None
-    if keep:
-        x, first_group = operands.rows.x, jax.tree.map(lambda weight: weight[0], operands.weights.hidden)
-        hidden = jax.eval_shape(partial(layers.hidden, OneGroup()), first_group, x)
-        no_hidden = jnp.zeros_like(x, hidden.dtype, shape=(operands.num_rows, hidden.shape[1]))
+    no_hidden = None if kept is None else jnp.zeros_like(operands.rows.x, kept.dtype, shape=kept.shape)
     return jax.lax.scan(group, (no_hidden, operands.no_sums), (operands.weights, places))[0]
 
 
@@ -317,29 +321,23 @@ def gradients_in_blocks(
 ) -> tuple[Weights, Rows]:
     """The gradients of weights and rows, where a CPU computes them."""
     blocks, places = _cut(operands)
+    in_place = hidden is not None and hidden.ndim == 3
 
-    def read_hidden(window: Window, place: Place) -> jax.Array | None:
-        if hidden is None:
-            return None
-        hidden_sf = hidden
-        # XLA makes one loop of a slice and the arithmetic behind it, which is not vectorised then; what a branch
-        # gives it leaves alone.
-        zeros_lf = jnp.zeros_like(hidden_sf, shape=(window.length, hidden_sf.shape[1]))
-        return jax.lax.cond(place.size > 0, lambda: window.read(hidden_sf), lambda: zeros_lf)
-
-    def group(carry: tuple[Weights, Rows], inputs: tuple[jax.Array, Weights, Place]) -> tuple[Any, None]:
-        e, weights, place = inputs
+    def group(carry: tuple[Weights, Rows], inputs: tuple[Weights, Place]) -> tuple[Any, None]:
+        weights, place = inputs
 
         def block(window: Window, first: bool, carry: tuple[Weights, Rows]) -> tuple[Weights, Rows]:
             weights_bar, (x_bar, *factors_bar) = carry
             index_l, rows = _read(operands, window)
             bar_ld = taken(outputs_bar, index_l)
-            summands, new = _gradients(layers, OneGroup(), rows, weights, read_hidden(window, place), bar_ld)
+            kept = jax.tree.leaves(weights_bar.hidden)[0] if in_place else hidden
+            hidden_lf = None if kept is None else _read_kept(kept, window, place)
+            summands, new = _gradients(layers, OneGroup(), rows, weights, hidden_lf, bar_ld)
 
             # The first block sets the sums: the zeros there need not be read.
             def add(sums: jax.Array, summand: jax.Array) -> jax.Array:
                 summand = summand.astype(sums.dtype)
-                return sums.at[e].set(summand) if first else sums.at[e].add(summand)
+                return sums.at[place.number].set(summand) if first else sums.at[place.number].add(summand)
 
             x_bar = x_bar.at[index_l].add(new.x.astype(x_bar.dtype), mode="drop")
             factors_bar = jax.tree.map(window.write, factors_bar, list(new[1:]))
@@ -351,7 +349,9 @@ def gradients_in_blocks(
         return jnp.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32))
 
     differentiated = operands.weights, operands.rows
-    start = jax.tree.map(zeros, differentiated)
-    number_e = jnp.arange(len(places.size))
-    bars, _ = jax.lax.scan(group, start, (number_e, operands.weights, places))
+    weights_bar, rows_bar = jax.tree.map(zeros, differentiated)
+    if in_place:
+        leaves, structure = jax.tree.flatten(weights_bar.hidden)
+        weights_bar = weights_bar._replace(hidden=structure.unflatten([hidden, *leaves[1:]]))
+    bars, _ = jax.lax.scan(group, (weights_bar, rows_bar), (operands.weights, places))
     return jax.tree.map(lambda bar, x: bar.astype(x.dtype), bars, differentiated)

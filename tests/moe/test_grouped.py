@@ -12,7 +12,8 @@ import pytest
 from moe_jax import grouped
 from moe_jax.blocks import Blocks, blocks_of_equal_groups, blocks_of_groups
 from moe_jax.experts import GEGLU, HiddenWeights, OutputWeights, gelu
-from moe_jax.grouped import OneGroup, Operands, Rows, Weights, by_group
+from moe_jax.grouped import Operands, Rows, Weights, by_group
+from moe_jax.grouping import OneGroup
 from moe_jax.layout import Sent, layout, sent
 from tests.moe.meshes import mesh_of
 from tests.moe.support import hidden_states
@@ -20,10 +21,11 @@ from tests.moe.support import hidden_states
 LAYERS = GEGLU(gelu)
 
 
-def weights() -> Weights:
+def weights(dim: int = 5, hidden: int = 3) -> Weights:
     """Of four experts."""
-    shapes = {"w_in": (4, 5, 6), "b_in": (4, 6), "mult_bias": (4, 3), "w_out": (4, 3, 5), "b_out": (4, 5)}
-    made = {name: hidden_states(*shape, seed=seed) for seed, (name, shape) in enumerate(shapes.items())}
+    first_half = {"w_in": (dim, 2 * hidden), "b_in": (2 * hidden,)}
+    shapes = first_half | {"mult_bias": (hidden,), "w_out": (hidden, dim), "b_out": (dim,)}
+    made = {name: hidden_states(4, *shape, seed=seed) for seed, (name, shape) in enumerate(shapes.items())}
     output = OutputWeights(made["mult_bias"], made["w_out"], made["b_out"])
     return Weights(HiddenWeights(made["w_in"], made["b_in"]), output)
 
@@ -44,7 +46,8 @@ def answers(call: Callable[..., jax.Array], rows: Any, bar: jax.Array) -> tuple[
 
 def at_once(layers: GEGLU, recompute: bool, operands: Operands, bar: jax.Array) -> Any:
     """What accelerators compute, and a CPU can too, only slowly: as `answers`, and the gradients of the factors."""
-    hidden, outputs = grouped.forward_at_once(layers, not recompute, operands)
+    kept = None if recompute else grouped.kept_for_gradients(layers, operands)
+    hidden, outputs = grouped.forward_at_once(layers, kept, operands)
     return outputs, *grouped.gradients_at_once(layers, operands, hidden, bar)
 
 
@@ -156,12 +159,14 @@ def test_groups_of_tokens(sizes: list[int] | None, weighted: bool):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("sizes", [[7, 0, 20, 11], None], ids=["sorted", "equal"])
-def test_what_accelerators_compute(sizes: list[int] | None, recompute: bool):
+@pytest.mark.parametrize(
+    ("rows", "sizes"), [(40, [7, 0, 20, 11]), (40, None), (16, None)], ids=["sorted", "equal", "in place of a gradient"]
+)
+def test_what_accelerators_compute(rows: int, sizes: list[int] | None, recompute: bool):
     """All groups at once; tails of NaN there as well."""
-    used = 40 if sizes is None else sum(sizes)
-    group_s = jnp.repeat(jnp.arange(4), jnp.asarray(sizes or [10] * 4))
-    rows_sd, bar_sd = (hidden_states(40, 5, seed=seed).at[used:].set(jnp.nan) for seed in (0, 3))
+    used = rows if sizes is None else sum(sizes)
+    group_s = jnp.repeat(jnp.arange(4), jnp.asarray(sizes or [rows // 4] * 4))
+    rows_sd, bar_sd = (hidden_states(rows, 5, seed=seed).at[used:].set(jnp.nan) for seed in (0, 3))
     sizes_e = None if sizes is None else jnp.asarray(sizes)
     operands = Operands(weights(), Rows(rows_sd, None, None), sizes_e, None)
     outputs, weights_bar, bars = jax.jit(partial(at_once, LAYERS, recompute))(operands, bar_sd)
@@ -182,6 +187,23 @@ def test_hidden_states_computed_again_give_the_same_gradients(sizes: list[int] |
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6), again, kept)
     # Of 300 rows, 6 numbers of 4 bytes.
     assert scratch_bytes(programs[0]) - scratch_bytes(programs[1]) > 0.9 * 300 * 6 * 4
+
+
+@pytest.mark.parametrize(("size", "in_place"), [(15, False), (16, True), (32, True), (33, False)])
+def test_hidden_states_are_kept_where_a_gradient_will_be(size: int, in_place: bool):
+    """If they fit there and take half: a group's gradient is (32, 128), its hidden states are (size, 128)."""
+    stacked, rows_sd = weights(32, 64), hidden_states(4 * size, 32)
+    kept = grouped.kept_for_gradients(LAYERS, Operands(stacked, Rows(rows_sd, None, None), None, None))
+    assert kept.shape == ((4, 32, 128) if in_place else (4 * size, 128))
+
+    def scratch(recompute: bool) -> int:
+        def total(weights: Any, rows_sd: jax.Array) -> jax.Array:
+            return jnp.sum(by_group(LAYERS, weights, rows_sd, None, recompute=recompute))
+
+        return scratch_bytes(jax.jit(jax.grad(total, argnums=(0, 1))).lower(stacked, rows_sd).compile())
+
+    more, hidden_bytes = scratch(False) - scratch(True), 4 * size * 128 * 4
+    assert more < 0.1 * hidden_bytes if in_place else more > 0.9 * hidden_bytes
 
 
 def scratch_bytes(program: Any) -> int:

@@ -1,0 +1,66 @@
+"""How rows meet the weights of their group (see `moe_jax.grouped`)."""
+
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+
+class Grouping(Protocol):
+    """How rows meet the weights of their group."""
+
+    def product(self, rows: jax.Array, weights: jax.Array) -> jax.Array:
+        """Each row times its group's matrix: (..., D) and ([E,] D, F) to (..., F)."""
+        ...
+
+    def each(self, vectors: jax.Array) -> jax.Array:
+        """Each row's group's vector, of ([E,] F), to be added to the rows or multiplied with them."""
+        ...
+
+
+class OneGroup:
+    """(L, ...) rows of a single group, whose weights have no axis of groups."""
+
+    def product(self, rows: jax.Array, weights: jax.Array) -> jax.Array:
+        """As in `Grouping`."""
+        return rows @ weights
+
+    def each(self, vectors: jax.Array) -> jax.Array:
+        """As in `Grouping`."""
+        return vectors[None]
+
+
+class EqualGroups:
+    """(S, ...) rows sorted by group, S / E each."""
+
+    def __init__(self, num_rows: int) -> None:
+        self.num_rows = num_rows
+
+    def product(self, rows: jax.Array, weights: jax.Array) -> jax.Array:
+        """As in `Grouping`."""
+        by_group = rows.reshape(len(weights), -1, rows.shape[1])
+        return jnp.matmul(by_group, weights).reshape(self.num_rows, -1)
+
+    def each(self, vectors: jax.Array) -> jax.Array:
+        """As in `Grouping`."""
+        return jnp.repeat(vectors, self.num_rows // len(vectors), axis=0)
+
+
+class SortedGroups:
+    """(S, ...) rows sorted by group, `sizes_e` each. What becomes of those beyond the last group is zero."""
+
+    def __init__(self, sizes_e: jax.Array, num_rows: int) -> None:
+        self.sizes_e = sizes_e
+        self.group_s = jnp.repeat(jnp.arange(len(sizes_e)), sizes_e, total_repeat_length=num_rows)
+        self.used_s1 = (jnp.arange(num_rows) < sizes_e.sum())[:, None]
+
+    def product(self, rows: jax.Array, weights: jax.Array) -> jax.Array:
+        """As in `Grouping`."""
+        # Rows beyond the last group may come out as NaN, of the product and of its gradient: the second `where` stops
+        # the one, the first stops the other. Multiplying by 0 would not.
+        rows = jnp.where(self.used_s1, rows, 0)
+        return jnp.where(self.used_s1, jax.lax.ragged_dot(rows, weights, self.sizes_e), 0)
+
+    def each(self, vectors: jax.Array) -> jax.Array:
+        """As in `Grouping`."""
+        return jnp.where(self.used_s1, vectors.at[self.group_s].get(indices_are_sorted=True), 0)
