@@ -125,7 +125,8 @@ def _by_group(layers: TwoLayers, recompute: bool, operands: Operands) -> jax.Arr
     return _forward(layers, True, operands)[0]
 
 
-# What is kept for the gradient: the hidden states are None where they are to be computed again.
+# What is kept for the gradient: the hidden states are None where they are to be computed again, and have three axes
+# where they are in the place of a gradient (see `kept_for_gradients`).
 Saved = tuple[Operands, jax.Array | None]
 
 
@@ -227,8 +228,8 @@ def forward_at_once(
         return None, outputs
     if kept.ndim == 3:
         num_groups, room, width = kept.shape
-        by_group = hidden.reshape(num_groups, -1, width)
-        hidden = jnp.pad(by_group, ((0, 0), (0, room - by_group.shape[1]), (0, 0)))
+        hidden_ecf = hidden.reshape(num_groups, -1, width)
+        hidden = jnp.pad(hidden_ecf, ((0, 0), (0, room - hidden_ecf.shape[1]), (0, 0)))
     return hidden, outputs
 
 

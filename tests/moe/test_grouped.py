@@ -192,6 +192,7 @@ def test_hidden_states_computed_again_give_the_same_gradients(sizes: list[int] |
 @pytest.mark.parametrize(("size", "in_place"), [(15, False), (16, True), (32, True), (33, False)])
 def test_hidden_states_are_kept_where_a_gradient_will_be(size: int, in_place: bool):
     """If they fit there and take half: a group's gradient is (32, 128), its hidden states are (size, 128)."""
+    in_place = in_place and jax.default_backend() == "cpu"
     stacked, rows_sd = weights(32, 64), hidden_states(4 * size, 32)
     kept = grouped.kept_for_gradients(LAYERS, Operands(stacked, Rows(rows_sd, None, None), None, None))
     assert kept.shape == ((4, 32, 128) if in_place else (4 * size, 128))
