@@ -1,9 +1,10 @@
 """Feed-forwards on groups of rows, each with weights of its own: `by_group`.
 
 On a GPU or TPU, all groups at once: a batched product for groups of one size, `jax.lax.ragged_dot` for groups of any.
+On a CPU, groups of one size are multiplied at once if they are short.
 
-On a CPU, where XLA computes `ragged_dot` as a dense product per group over all rows, one group after the other in
-blocks of rows:
+Other groups on a CPU, where XLA computes `ragged_dot` as a dense product per group over all rows, go one after the
+other in blocks of rows:
 
     rows    0         5             12                  24              sizes_e = 5, 7
             |--- 0 ---|----- 1 -----|    of no group    |               blocks of 4 or 8
@@ -29,8 +30,11 @@ import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
 
 from moe_jax.blocks import Blocks, Place, Window, blocks_of_equal_groups, blocks_of_groups
-from moe_jax.grouping import EqualGroups, Grouping, OneGroup, SortedGroups
+from moe_jax.grouping import EqualGroups, Grouping, OneGroup, ShortGroups, SortedGroups
 from moe_jax.layout import Layout, Sent, collect, scaled, spread, taken
+
+# Of a group of so few rows, a CPU would spend as much time on cutting its weights out of the stack as on arithmetic.
+SHORT_GROUP = 64
 
 
 class Weights(NamedTuple):
@@ -60,6 +64,11 @@ class Operands(NamedTuple):
     def num_rows(self) -> int:
         """S."""
         return len(self.rows.x if self.layout is None else self.layout.assignment_s)
+
+    @property
+    def num_groups(self) -> int:
+        """E."""
+        return len(jax.tree.leaves(self.weights)[0])
 
     @property
     def no_sums(self) -> jax.Array:
@@ -147,7 +156,9 @@ _by_group.defvjp(_forward, _backward)
 def _where_it_runs(
     in_blocks: Callable[..., Any], at_once: Callable[..., Any], static: tuple[Any, ...], operands: Operands, *rest: Any
 ) -> Any:
-    """One of two functions of the same arguments, on a CPU the first."""
+    """One of two functions of the same arguments, on a CPU the first unless groups are short."""
+    if short_on_cpu(operands):
+        return at_once(*static, operands, *rest)
 
     def compute(*arrays: Any) -> Any:
         return jax.lax.platform_dependent(*arrays, cpu=partial(in_blocks, *static), default=partial(at_once, *static))
@@ -155,6 +166,16 @@ def _where_it_runs(
     # Under `jax.vmap`, groups of any size go one batch entry after the other: `ragged_dot` takes no other, and of loops
     # of different lengths every step would copy what all of them carry.
     return (compute if operands.sizes_e is None else sequential_vmap(compute))(operands, *rest)
+
+
+def short_on_cpu(operands: Operands) -> bool:
+    """Whether the default device is a CPU and groups are of one size and short, in all little beside their weights.
+
+    A program for another device than the default one is right with either answer.
+    """
+    size = operands.num_rows // operands.num_groups
+    few = operands.sizes_e is None and size <= min(SHORT_GROUP, operands.rows.x.shape[1] // 8)
+    return few and jax.default_backend() == "cpu"
 
 
 def kept_for_gradients(layers: TwoLayers, operands: Operands) -> jax.ShapeDtypeStruct:
@@ -213,14 +234,17 @@ def _gradients(
 def _at_once(operands: Operands) -> tuple[Grouping, Rows]:
     """How the rows meet their weights, and the rows."""
     _, rows, sizes_e, layout = operands
-    grouping = EqualGroups(operands.num_rows) if sizes_e is None else SortedGroups(sizes_e, operands.num_rows)
+    if sizes_e is not None:
+        grouping = SortedGroups(sizes_e, operands.num_rows)
+    else:
+        grouping = (ShortGroups if short_on_cpu(operands) else EqualGroups)(operands.num_rows)
     return grouping, rows if layout is None else rows._replace(x=spread(layout, rows.x))
 
 
 def forward_at_once(
     layers: TwoLayers, kept: jax.ShapeDtypeStruct | None, operands: Operands
 ) -> tuple[jax.Array | None, jax.Array]:
-    """Hidden states, if they are to be kept, and outputs, where an accelerator computes them."""
+    """Hidden states, if they are to be kept, and outputs, where all groups are computed at once."""
     hidden, outputs = _both(layers, *_at_once(operands), operands.weights)
     if operands.layout is not None:
         outputs = collect(operands.layout, outputs)
@@ -236,7 +260,7 @@ def forward_at_once(
 def gradients_at_once(
     layers: TwoLayers, operands: Operands, hidden: jax.Array | None, outputs_bar: jax.Array
 ) -> tuple[Weights, Rows]:
-    """The gradients of weights and rows, where an accelerator computes them."""
+    """The gradients of weights and rows, where all groups are computed at once."""
     if hidden is None:
         # Not at once with the forward pass, of whose product XLA would see that it is the same.
         rows, outputs_bar = jax.lax.optimization_barrier((operands.rows, outputs_bar))
@@ -252,7 +276,7 @@ def gradients_at_once(
 
 def _cut(operands: Operands) -> tuple[Blocks, Place]:
     """Blocks, and the place of each group."""
-    sizes_e, num_rows, num_groups = operands.sizes_e, operands.num_rows, len(jax.tree.leaves(operands.weights)[0])
+    sizes_e, num_rows, num_groups = operands.sizes_e, operands.num_rows, operands.num_groups
     number_e = jnp.arange(num_groups)
     if sizes_e is not None:
         return blocks_of_groups(num_groups, num_rows), Place(number_e, jnp.cumsum(sizes_e) - sizes_e, sizes_e)
@@ -295,7 +319,7 @@ def _read_kept(kept: jax.Array, window: Window, place: Place) -> jax.Array:
 def forward_in_blocks(
     layers: TwoLayers, kept: jax.ShapeDtypeStruct | None, operands: Operands
 ) -> tuple[jax.Array | None, jax.Array]:
-    """Hidden states, if they are to be kept, and outputs, where a CPU computes them."""
+    """Hidden states, if they are to be kept, and outputs, one block after the other."""
     blocks, places = _cut(operands)
 
     def group(carry: tuple[jax.Array | None, jax.Array], inputs: tuple[Weights, Place]) -> tuple[Any, None]:
@@ -320,7 +344,7 @@ def forward_in_blocks(
 def gradients_in_blocks(
     layers: TwoLayers, operands: Operands, hidden: jax.Array | None, outputs_bar: jax.Array
 ) -> tuple[Weights, Rows]:
-    """The gradients of weights and rows, where a CPU computes them."""
+    """The gradients of weights and rows, one block after the other."""
     blocks, places = _cut(operands)
     in_place = hidden is not None and hidden.ndim == 3
 

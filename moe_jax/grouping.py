@@ -46,6 +46,17 @@ class EqualGroups:
         return jnp.repeat(vectors, self.num_rows // len(vectors), axis=0)
 
 
+class ShortGroups(EqualGroups):
+    """The same, each of few rows: a CPU multiplies faster with columns."""
+
+    def product(self, rows: jax.Array, weights: jax.Array) -> jax.Array:
+        """As in `Grouping`."""
+        by_group = rows.reshape(len(weights), -1, rows.shape[1])
+        # If XLA saw that the columns are transposed rows, it would multiply with the rows.
+        columns_edc = jax.lax.optimization_barrier(jnp.swapaxes(by_group, 1, 2))
+        return jnp.einsum("edc,edf->ecf", columns_edc, weights).reshape(self.num_rows, -1)
+
+
 class SortedGroups:
     """(S, ...) rows sorted by group, `sizes_e` each. What becomes of those beyond the last group is zero."""
 

@@ -38,9 +38,11 @@ def row_by_row(weights: Any, rows_sd: jax.Array, group_s: jax.Array) -> jax.Arra
     return jax.vmap(row)(jax.tree.map(lambda weight: weight[group_s], weights), rows_sd)
 
 
-def answers(call: Callable[..., jax.Array], rows: Any, bar: jax.Array) -> tuple[Any, ...]:
+def answers(
+    call: Callable[..., jax.Array], rows: Any, bar: jax.Array, stacked: Weights | None = None
+) -> tuple[Any, ...]:
     """Outputs, and the gradients of weights and rows."""
-    outputs, pull = jax.vjp(call, weights(), rows)
+    outputs, pull = jax.vjp(call, stacked or weights(), rows)
     return outputs, *pull(bar)
 
 
@@ -115,6 +117,20 @@ def sent_tokens(used_s: np.ndarray, factors: tuple[jax.Array, jax.Array | None])
     return sent(where, *factors)
 
 
+def tokens_by_group(
+    used_s: np.ndarray, sizes_e: jax.Array | None, recompute: bool, weights: Weights, inputs: Any
+) -> jax.Array:
+    x_td, factors = inputs
+    return by_group(LAYERS, weights, x_td, sizes_e, sent=sent_tokens(used_s, factors), recompute=recompute)
+
+
+def tokens_by_row(used_s: np.ndarray, group_s: jax.Array, weights: Weights, inputs: Any) -> jax.Array:
+    x_td, factors = inputs
+    moved = sent_tokens(used_s, factors)
+    y_sd = row_by_row(weights, moved.spread(x_td), group_s) * moved.gate_s[:, None]
+    return jnp.zeros_like(x_td).at[moved.layout.token_s].add(y_sd, mode="drop")
+
+
 @pytest.mark.parametrize("weighted", [True, False], ids=["weighted", ""])
 @pytest.mark.parametrize("sizes", [*SIZES_OF_300, None], ids=str)
 def test_groups_of_tokens(sizes: list[int] | None, weighted: bool):
@@ -127,16 +143,8 @@ def test_groups_of_tokens(sizes: list[int] | None, weighted: bool):
     gate_ta, weight_ta = (jnp.asarray(np.random.default_rng(seed).random((160, 2), np.float32)) for seed in (1, 2))
     inputs = x_td, (gate_ta, weight_ta if weighted else None)
 
-    def by_groups(weights: Any, inputs: Any) -> jax.Array:
-        x_td, factors = inputs
-        return by_group(LAYERS, weights, x_td, sizes_e, sent=sent_tokens(used_s, factors))
-
-    def by_rows(weights: Any, inputs: Any) -> jax.Array:
-        x_td, factors = inputs
-        moved = sent_tokens(used_s, factors)
-        y_sd = row_by_row(weights, moved.spread(x_td), group_s) * moved.gate_s[:, None]
-        return jnp.zeros_like(x_td).at[moved.layout.token_s].add(y_sd, mode="drop")
-
+    by_groups = partial(tokens_by_group, used_s, sizes_e, False)
+    by_rows = partial(tokens_by_row, used_s, group_s)
     got, wanted = (jax.jit(partial(answers, call))(inputs, bar_td) for call in (by_groups, by_rows))
     assert_close(got, wanted)
 
@@ -156,6 +164,21 @@ def test_groups_of_tokens(sizes: list[int] | None, weighted: bool):
 
     for other in of_accelerators(inputs, bar_td):
         assert_close(other, wanted)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("size", "short"), [(8, True), (9, False)])
+def test_short_groups(size: int, short: bool, recompute: bool):
+    """Of 8 rows at most for a width of 64: in no loop on a CPU."""
+    stacked, bar_td = weights(64, 16), hidden_states(3 * size, 64, seed=3)
+    random = np.random.default_rng(8)
+    used_s, factor_ta = random.random(4 * size) < 0.8, jnp.asarray(random.random((3 * size, 2), np.float32))
+    inputs = hidden_states(3 * size, 64), (factor_ta, factor_ta)
+    by_groups = partial(tokens_by_group, used_s, None, recompute)
+    program = jax.jit(partial(answers, by_groups)).lower(inputs, bar_td, stacked)
+    assert ("while" in program.as_text()) != (short and jax.default_backend() == "cpu")
+    by_rows = partial(tokens_by_row, used_s, jnp.repeat(jnp.arange(4), size))
+    assert_close(program.compile()(inputs, bar_td, stacked), answers(by_rows, inputs, bar_td, stacked))
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -228,14 +251,19 @@ def test_no_rows_at_all():
         assert not any(leaf.any() for leaf in jax.tree.leaves(gradient))
 
 
-def test_weights_that_devices_share_in_a_shard_map_of_ones_own():
-    """Devices with groups of different sizes, which the weights' gradient is summed over, once."""
+@pytest.mark.parametrize(
+    ("dim", "sizes"), [(5, [20, 0, 0, 0, 1, 2, 3, 4]), (64, None)], ids=["sorted", "short and equal"]
+)
+def test_weights_that_devices_share_in_a_shard_map_of_ones_own(dim: int, sizes: list[int] | None):
+    """Devices with groups of different sizes or of one, which the weights' gradient is summed over, once."""
     mesh = mesh_of(2, 1)
-    rows_sd, sizes_e = hidden_states(40, 5), jnp.asarray([20, 0, 0, 0, 1, 2, 3, 4])
+    rows_sd = hidden_states(40, dim)
+    sizes_e = jnp.asarray(sizes or [5] * 8)
 
     def loss(weights: Any, rows_sd: jax.Array, sizes_e: jax.Array) -> jax.Array:
         used_s1 = (jnp.arange(len(rows_sd)) < sizes_e.sum())[:, None]
-        return jnp.sum(jnp.where(used_s1, by_group(LAYERS, weights, rows_sd, sizes_e), 0) ** 2)
+        outputs_sd = by_group(LAYERS, weights, rows_sd, None if sizes is None else sizes_e)
+        return jnp.sum(jnp.where(used_s1, outputs_sd, 0) ** 2)
 
     @partial(jax.shard_map, mesh=mesh, in_specs=(jax.P(), jax.P("data"), jax.P("data")), out_specs=jax.P())
     def over_devices(weights: Any, rows_sd: jax.Array, sizes_e: jax.Array) -> jax.Array:
@@ -244,7 +272,7 @@ def test_weights_that_devices_share_in_a_shard_map_of_ones_own():
     def one_by_one(weights: Any, rows_sd: jax.Array, sizes_e: jax.Array) -> jax.Array:
         return loss(weights, rows_sd[:20], sizes_e[:4]) + loss(weights, rows_sd[20:], sizes_e[4:])
 
-    got, wanted = (jax.jit(jax.grad(f))(weights(), rows_sd, sizes_e) for f in (over_devices, one_by_one))
+    got, wanted = (jax.jit(jax.grad(f))(weights(dim), rows_sd, sizes_e) for f in (over_devices, one_by_one))
     assert_close(got, wanted)
 
 
