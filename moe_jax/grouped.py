@@ -72,6 +72,11 @@ class Operands(NamedTuple):
         return len(jax.tree.leaves(self.weights)[0])
 
     @property
+    def equal_size(self) -> int:
+        """S / E, the rows of every group where groups are of one size."""
+        return self.num_rows // self.num_groups
+
+    @property
     def no_sums(self) -> jax.Array:
         """Outputs to add to. Made of the input: on a mesh it is a device's own, as what a loop starts with must be."""
         x = self.rows.x
@@ -174,9 +179,8 @@ def short_on_cpu(operands: Operands) -> bool:
 
     A program for another device than the default one is right with either answer.
     """
-    size = operands.num_rows // operands.num_groups
-    few = operands.sizes_e is None and size <= min(SHORT_GROUP, operands.rows.x.shape[1] // 8)
-    return few and jax.default_backend() == "cpu"
+    longest = min(SHORT_GROUP, operands.rows.x.shape[1] // 8)
+    return jax.default_backend() == "cpu" and operands.sizes_e is None and operands.equal_size <= longest
 
 
 def kept_for_gradients(layers: TwoLayers, operands: Operands) -> jax.ShapeDtypeStruct:
@@ -192,16 +196,15 @@ def kept_for_gradients(layers: TwoLayers, operands: Operands) -> jax.ShapeDtypeS
         return layers.hidden(OneGroup(), jax.tree.map(lambda weight: weight[0], weights), x)
 
     hidden_tf = jax.eval_shape(of_first_group, operands.weights.hidden, operands.rows.x)
-    num_rows, width = operands.num_rows, hidden_tf.shape[1]
-    size = num_rows // len(first)
+    size, width = operands.equal_size, hidden_tf.shape[1]
     in_place = (
         jax.default_backend() == "cpu"
         and operands.sizes_e is None
-        and blocks_of_equal_groups(len(first), size).lengths == (size,)
+        and blocks_of_equal_groups(operands.num_groups, size).lengths == (size,)
         and size <= first.shape[1] <= 2 * size
         and (first.shape[2:], jnp.promote_types(first.dtype, jnp.float32)) == ((width,), hidden_tf.dtype)
     )
-    return jax.ShapeDtypeStruct(first.shape if in_place else (num_rows, width), hidden_tf.dtype)
+    return jax.ShapeDtypeStruct(first.shape if in_place else (operands.num_rows, width), hidden_tf.dtype)
 
 
 def _hidden(layers: TwoLayers, grouping: Grouping, weights: Any, rows: Rows) -> jax.Array:
@@ -267,8 +270,7 @@ def gradients_at_once(
         rows, outputs_bar = jax.lax.optimization_barrier((operands.rows, outputs_bar))
         operands = operands._replace(rows=rows)
     elif hidden.ndim == 3:
-        num_groups, _, width = hidden.shape
-        hidden = hidden[:, : operands.num_rows // num_groups].reshape(-1, width)
+        hidden = hidden[:, : operands.equal_size].reshape(-1, hidden.shape[2])
     layout, x = operands.layout, operands.rows.x
     bar_sd = outputs_bar if layout is None else spread(layout, outputs_bar)
     weights_bar, bars = _gradients(layers, *_at_once(operands), operands.weights, hidden, bar_sd)
@@ -277,11 +279,10 @@ def gradients_at_once(
 
 def _cut(operands: Operands) -> tuple[Blocks, Place]:
     """Blocks, and the place of each group."""
-    sizes_e, num_rows, num_groups = operands.sizes_e, operands.num_rows, operands.num_groups
+    sizes_e, num_groups, size = operands.sizes_e, operands.num_groups, operands.equal_size
     number_e = jnp.arange(num_groups)
     if sizes_e is not None:
-        return blocks_of_groups(num_groups, num_rows), Place(number_e, jnp.cumsum(sizes_e) - sizes_e, sizes_e)
-    size = num_rows // num_groups
+        return blocks_of_groups(num_groups, operands.num_rows), Place(number_e, jnp.cumsum(sizes_e) - sizes_e, sizes_e)
     # Sizes that XLA does not know: of a single block it would make a part of the loop over groups, where it copies the
     # second half's weights while it multiplies by the first's, a third slower.
     size_e = jax.lax.optimization_barrier(jnp.full(num_groups, size, jnp.int32))

@@ -38,8 +38,12 @@ class EqualGroups:
 
     def product(self, rows: jax.Array, weights: jax.Array) -> jax.Array:
         """As in `Grouping`."""
-        by_group = rows.reshape(len(weights), -1, rows.shape[1])
-        return jnp.matmul(by_group, weights).reshape(self.num_rows, -1)
+        rows_ecd = rows.reshape(len(weights), -1, rows.shape[1])
+        return self.batched_product(rows_ecd, weights).reshape(self.num_rows, -1)
+
+    def batched_product(self, rows_ecd: jax.Array, weights_edf: jax.Array) -> jax.Array:
+        """(E, C, F), the product of each group."""
+        return jnp.matmul(rows_ecd, weights_edf)
 
     def each(self, vectors: jax.Array) -> jax.Array:
         """As in `Grouping`."""
@@ -49,12 +53,11 @@ class EqualGroups:
 class ShortGroups(EqualGroups):
     """The same, each of few rows: a CPU multiplies faster with columns."""
 
-    def product(self, rows: jax.Array, weights: jax.Array) -> jax.Array:
-        """As in `Grouping`."""
-        by_group = rows.reshape(len(weights), -1, rows.shape[1])
+    def batched_product(self, rows_ecd: jax.Array, weights_edf: jax.Array) -> jax.Array:
+        """As in `EqualGroups`."""
         # If XLA saw that the columns are transposed rows, it would multiply with the rows.
-        columns_edc = jax.lax.optimization_barrier(jnp.swapaxes(by_group, 1, 2))
-        return jnp.einsum("edc,edf->ecf", columns_edc, weights).reshape(self.num_rows, -1)
+        columns_edc = jax.lax.optimization_barrier(jnp.swapaxes(rows_ecd, 1, 2))
+        return jnp.einsum("edc,edf->ecf", columns_edc, weights_edf)
 
 
 class SortedGroups:
