@@ -41,7 +41,7 @@ class RunConfig:
       adam_b2: decay of Adam's second moment.
       clip_norm: largest global norm of a model's gradient.
       log_every: steps between records of the training loss, which is the mean over them.
-      validate_every: steps between measurements on validation text.
+      validate_every: steps between measurements on validation text; the last step is followed by one too.
       validation_batches: batches of such a measurement.
       sample_every: steps between samples; 0 for none.
       checkpoint_every: steps between checkpoints.

@@ -118,7 +118,7 @@ class _Loop:
                 self.look(keep=0)
                 self.clock.lap()
                 self.timed_steps = 0
-            if done % config.validate_every == 0:
+            if done % config.validate_every == 0 or done == config.steps:
                 self.validate(state, done)
             if done % config.checkpoint_every == 0:
                 self.save(state, done)

@@ -28,6 +28,8 @@ def check_upcycling(experts: ExpertsConfig) -> None:
             "experts.add_ff_before and experts.add_ff_after must be False to upcycle, for a dense run has no such "
             f"layers, got {experts.add_ff_before} and {experts.add_ff_after}"
         )
+    if experts.top_n < 2:
+        raise ValueError(f"experts.top_n must be at least 2 to upcycle (gates that sum to 1), got {experts.top_n}")
 
 
 def upcycled(dense: Decoder, experts: ExpertsConfig, *, rngs: nnx.Rngs) -> Decoder:

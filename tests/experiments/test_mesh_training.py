@@ -219,3 +219,5 @@ def test_upcycling_starts_where_the_dense_run_ended(tmp_path):
             first_state(wrong, train_moe.task(wrong), state_template(wrong, train_moe.task(wrong), mesh), mesh)
     with pytest.raises(ValueError, match="add_ff_after must be False to upcycle"):
         dataclasses.replace(config, experts=ExpertsConfig())
+    with pytest.raises(ValueError, match=r"experts\.top_n must be at least 2 to upcycle .*, got 1"):
+        dataclasses.replace(config, experts=dataclasses.replace(config.experts, top_n=1))
