@@ -110,8 +110,13 @@ class MoE(nnx.Module):
                 where, self, x_td, mask_t, noise, sequence_length=x.shape[-2], train=train
             )
         balance, router_z = balance_loss(totals), router_z_loss(totals)
-        weighted_balance = balance * self.config.balance_coef * train
-        weighted_router_z = router_z * self.config.router_z_coef * train
+
+        def weighted(loss: jax.Array, coef: float) -> jax.Array:
+            # A loss that is not finite times 0 would not be 0.
+            return loss * coef if train and coef else jnp.zeros_like(loss)
+
+        weighted_balance = weighted(balance, self.config.balance_coef)
+        weighted_router_z = weighted(router_z, self.config.router_z_coef)
         return MoEOutput(
             outputs=outputs_td.reshape(x.shape),
             total_aux_loss=weighted_balance + weighted_router_z,
@@ -239,16 +244,19 @@ class SparseMoEBlock(nnx.Module):
         """As `MoE.__call__`, with residuals: padding keeps its own."""
         check_call(self.moe.config, x, mask, train=train)
 
-        def normed(norm: RMSNorm, x: jax.Array) -> jax.Array:
-            # Whatever padding holds, it reaches no gradient of the weights.
-            return norm(x if mask is None else jnp.where(mask[..., None], x, 0))
+        def unpadded(x: jax.Array) -> jax.Array:
+            return x if mask is None else jnp.where(mask[..., None], x, 0)
+
+        def fed(feed_forward: FeedForward, norm: RMSNorm, x: jax.Array) -> jax.Array:
+            # Whatever padding holds, it reaches no gradient of the weights, and a bias does not reach it.
+            return x + unpadded(feed_forward(norm(unpadded(x))))
 
         if self.norm_before is not None and self.ff_before is not None:
-            x = x + self.ff_before(normed(self.norm_before, x))
-        out = self.moe(normed(self.norm_moe, x), train=train, key=key, mask=mask)
+            x = fed(self.ff_before, self.norm_before, x)
+        out = self.moe(self.norm_moe(unpadded(x)), train=train, key=key, mask=mask)
         x = x + out.outputs
         if self.norm_after is not None and self.ff_after is not None:
-            x = x + self.ff_after(normed(self.norm_after, x))
+            x = fed(self.ff_after, self.norm_after, x)
         return dataclasses.replace(out, outputs=x)
 
 

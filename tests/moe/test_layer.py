@@ -268,6 +268,9 @@ def test_nonfinite_logits_are_counted_and_stay_where_they_are():
         out = apply(layer(dispatch=dispatch), x)
         np.testing.assert_allclose(out.metrics.nonfinite_logits, 0.25)
         assert jnp.isfinite(out.outputs[jnp.asarray([0, 2, 3])]).all()
+        assert not jnp.isfinite(out.total_aux_loss)
+        assert float(apply(layer(dispatch=dispatch), x, train=False).total_aux_loss) == 0
+    assert float(apply(layer(balance_coef=0.0, router_z_coef=0.0), x).total_aux_loss) == 0
 
 
 def test_block_is_residual_and_normed():
@@ -284,9 +287,13 @@ def test_block_is_residual_and_normed():
     y = y + apply(moe, normal(y)).outputs
     y = y + block.ff_after(normal(y))
     np.testing.assert_allclose(apply(block, x).outputs, y, rtol=1e-4, atol=1e-5)
-    mask = jnp.zeros((2, 12), bool)
-    alone = SparseMoEBlock(moe, add_ff_after=False)
-    np.testing.assert_array_equal(apply(alone, x, mask=mask).outputs, x)
+    # Padding keeps its own, whatever biases the feed-forwards have.
+    assert block.ff_after.b_out_d is not None
+    assert (block.ff_after.b_out_d[...] != 0).all()
+    mask = jnp.arange(24).reshape(2, 12) % 3 != 0
+    for padded in (block, SparseMoEBlock(moe, add_ff_after=False)):
+        outputs = apply(padded, x, mask=mask).outputs
+        np.testing.assert_array_equal((outputs != x).any(-1), mask)
 
 
 def test_one_compilation_serves_every_key_mask_and_weight():
