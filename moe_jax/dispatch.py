@@ -40,6 +40,9 @@ class ExpertFunctions(Protocol):
           sent: which token is in each of S rows, and what it is multiplied with.
           sizes: (E,) int32, rows of each expert; or how many every expert has.
         """
+        if not len(sent.gate_s):
+            # Where nobody has room, no expert is asked.
+            return jnp.zeros_like(x_td, jnp.promote_types(x_td.dtype, jnp.float32))
         x_sd = sent.spread(x_td)
         if isinstance(sizes, int):
             y_sd = self.batched(x_sd.reshape(-1, sizes, x_sd.shape[1])).reshape(x_sd.shape)

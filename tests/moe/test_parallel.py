@@ -143,6 +143,15 @@ def test_dropped_tokens_are_the_same():
     np.testing.assert_array_equal(one, other)
 
 
+def test_no_room_at_all():
+    """Without a least capacity, few tokens of many experts may have no slot anywhere."""
+    options = {"num_experts": 16, "capacity_factor_train": 0.01, "min_capacity": 0}
+    cases = [case(dispatch=dispatch, **options) for dispatch in ("dense", "index")]
+    wanted = results(cases)
+    assert not any(r.out.outputs.any() for r in wanted)
+    assert_equal(results(all_on(mesh_of(2, 2), cases)), wanted, relative=1e-5)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_no_device_has_tokens_of_more_groups_than_its_buffer_has_room_for(masked: bool):
     random = np.random.default_rng(0)
