@@ -7,6 +7,8 @@ groups, masks and slot orders work alike for every router.
 
 import dataclasses
 import numbers
+from collections.abc import Callable
+from functools import partial
 from typing import Literal, get_args
 
 import jax
@@ -138,9 +140,9 @@ class TopN(Router):
       expert_groups: number of equal groups of neighbouring experts; 1 for no grouping.
       expert_groups_kept: how many groups a token may choose from, by the sum of each group's two best scores.
 
-    Experts are ranked by their logits, and gates are normalised in logarithms, so that neither ends where scores
-    saturate or underflow. With a bias they are ranked by score plus bias, as that is defined: sigmoids of logits above
-    17 are equal there.
+    Experts and their groups are ranked by logits, and gates are normalised in logarithms, so that neither ends where
+    scores saturate or underflow. With a bias both are ranked by score plus bias, as that is defined: sigmoids of logits
+    above 17 are equal there.
 
     Raises:
       ValueError: an argument is out of range.
@@ -215,7 +217,8 @@ class TopN(Router):
         steered_te = jnp.exp(log_score(selection_te))
         if inputs.bias_e is not None:
             selection_te = steered_te = steered_te + inputs.bias_e[None]
-        reachable_te = within_best_groups(steered_te, self.expert_groups, self.expert_groups_kept)
+        worth = partial(_worth_of_groups, self.score) if inputs.bias_e is None else partial(jnp.sum, axis=-1)
+        reachable_te = within_best_groups(selection_te, self.expert_groups, self.expert_groups_kept, worth)
         limited_te = jnp.where(reachable_te, selection_te, -jnp.inf)
         best_ta = jax.lax.top_k(jax.lax.stop_gradient(limited_te), self.n)[1]
         # XLA would see that a column of it is used, and on a CPU sort all experts, 30 times as long.
@@ -288,21 +291,43 @@ def wanted_ranks(
     return jnp.concatenate([first_t1, wanted], axis=1)
 
 
-def within_best_groups(scores_te: jax.Array, groups: int, kept: int) -> jax.Array:
+def within_best_groups(
+    ranking_te: jax.Array, groups: int, kept: int, worth: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
     """(T, E) bool: which experts are in a token's `kept` best groups.
 
-    A group counts the sum of its two best scores (one, where it has one expert).
+    Args:
+      ranking_te: what a token ranks experts by.
+      groups: G.
+      kept: of them.
+      worth: from (T, G, 2), each group's two best, to (T, G), what it ranks groups by. Of (T, G, 1) where a group has
+        one expert.
 
     Source: DeepSeek-V3 2412.19437 section 2.1.2, node-limited routing.
     """
-    tokens, experts = scores_te.shape
+    tokens, experts = ranking_te.shape
     if kept == groups:
         return jnp.ones((tokens, experts), bool)
-    scores_tgm = scores_te.reshape(tokens, groups, experts // groups)
-    best_tgm = jax.lax.top_k(scores_tgm, min(2, experts // groups))[0]
-    kept_tk = jax.lax.top_k(best_tgm.sum(-1), kept)[1]
+    ranking_tgm = ranking_te.reshape(tokens, groups, experts // groups)
+    best_tgm = jax.lax.top_k(ranking_tgm, min(2, experts // groups))[0]
+    kept_tk = jax.lax.top_k(worth(best_tgm), kept)[1]
     kept_tg = (kept_tk[:, :, None] == jnp.arange(groups)[None, None]).any(1)
     return jnp.repeat(kept_tg, experts // groups, axis=1)
+
+
+def _worth_of_groups(score: Score, best_tgm: jax.Array) -> jax.Array:
+    """(T, G): grows with the sum of the best scores, and where these saturate or underflow too.
+
+    Args:
+      score: static.
+      best_tgm: the best logits of each group.
+    """
+    if score == "softmax":
+        return jax.nn.logsumexp(best_tgm, axis=-1)
+    # The logit of the scores' mean: exact where they are nearly 0 and where they are nearly 1.
+    return jax.nn.logsumexp(jax.nn.log_sigmoid(best_tgm), axis=-1) - jax.nn.logsumexp(
+        jax.nn.log_sigmoid(-best_tgm), axis=-1
+    )
 
 
 def _check_thresholds(name: str, threshold: float | tuple[float, ...], n: int) -> None:

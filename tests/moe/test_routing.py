@@ -1,5 +1,7 @@
 """Routers on logits small enough to route by hand."""
 
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -116,10 +118,13 @@ def test_sigmoid_scores_with_a_bias_that_only_steers():
     np.testing.assert_allclose(chosen.probs_te, [[0.3700, 0.3071, 0.2100, 0.1129]], atol=1e-4)
 
 
+SUM = partial(jnp.sum, axis=-1)
+
+
 def test_grouped_routing_stays_within_the_best_groups():
     # Groups {0, 1}, {2, 3}, {4, 5} score 0.35, 0.30 and 0.35 + 0.0 (ties go to the first group).
     scores_te = jnp.asarray([[0.20, 0.15, 0.30, 0.00, 0.05, 0.25]])
-    within_te = within_best_groups(scores_te, 3, 1)
+    within_te = within_best_groups(scores_te, 3, 1, SUM)
     np.testing.assert_array_equal(within_te, [[True, True, False, False, False, False]])
     router = TopN(policy_train="all", expert_groups=3, expert_groups_kept=1)
     chosen = router.choose(inputs((scores_te + 0.01).tolist()), train=True)
@@ -129,8 +134,8 @@ def test_grouped_routing_stays_within_the_best_groups():
 
 def test_groups_of_one_expert_and_all_groups():
     scores_te = jnp.asarray([[0.1, 0.4, 0.2, 0.3]])
-    np.testing.assert_array_equal(within_best_groups(scores_te, 4, 2), [[False, True, False, True]])
-    assert within_best_groups(scores_te, 2, 2).all()
+    np.testing.assert_array_equal(within_best_groups(scores_te, 4, 2, SUM), [[False, True, False, True]])
+    assert within_best_groups(scores_te, 2, 2, SUM).all()
 
 
 def of_logits(logits: list[float]) -> RouterInputs:
@@ -162,6 +167,25 @@ def test_experts_are_ranked_where_their_scores_are_equal(
     chosen = router.choose(of_logits(logits), train=True)
     np.testing.assert_array_equal(chosen.expert_index_ta, [best])
     np.testing.assert_array_equal(chosen.first_expert_t, best[:1])
+
+
+@pytest.mark.parametrize(
+    ("score", "logits", "best"),
+    [
+        # The scores of groups {2, 3} and {4, 5} are 0 in float32.
+        ("softmax", [200.0, 0.0, 1.0, 0.0, 50.0, 49.0], [0, 4, 5]),
+        # All scores are 1 in float32.
+        ("sigmoid", [20.0, 19.0, 30.0, 29.0, 40.0, 39.0], [4, 5, 2]),
+        # All are 0: exp(-200) times 1.21, 1 and 1.19, though the second group has the best expert.
+        ("sigmoid", [-200.5, -200.5, -200.0, -400.0, -201.0, -200.2], [5, 0, 1]),
+        # 1.50, 1.76 and 0.95.
+        ("sigmoid", [3.0, 0.2, 2.0, 2.0, 3.0, -300.0], [0, 2, 3]),
+    ],
+)
+def test_groups_are_ranked_where_their_scores_are_equal(score: Score, logits: list[float], best: list[int]):
+    router = TopN(n=3, score=score, policy_train="all", expert_groups=3, expert_groups_kept=2)
+    chosen = router.choose(of_logits(logits), train=True)
+    np.testing.assert_array_equal(chosen.expert_index_ta, [best])
 
 
 def test_an_expert_chooses_among_tokens_of_the_same_probability():
