@@ -45,6 +45,12 @@ def instance(name: str, value: Any, kind: type) -> None:
         raise ValueError(f"{name} must be a {kind.__name__}, got {value!r}")
 
 
+def function(name: str, value: Any) -> None:
+    """Raises ValueError when `value` cannot be called."""
+    if not callable(value):
+        raise ValueError(f"{name} must be a function, got {value!r}")
+
+
 def floating(name: str, dtype: Any) -> None:
     """Raises ValueError when `dtype` is no floating-point type."""
     try:

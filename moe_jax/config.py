@@ -5,7 +5,7 @@ import operator
 
 import jax.numpy as jnp
 
-from moe_jax.checks import flag, floating, instance, number, one_of, positive, whole
+from moe_jax.checks import flag, floating, function, instance, number, one_of, positive, whole
 from moe_jax.dispatch import DISPATCHES, Dispatch
 from moe_jax.experts import Activation, Init, gelu
 from moe_jax.routing import Router, SlotOrder, TopN
@@ -100,8 +100,7 @@ class MoEConfig:
         elif not self.expert_hidden:
             raise ValueError(f"hidden_mult must give hidden states at least 1 wide, got {self.hidden_mult}")
         instance("router", self.router, Router)
-        if not callable(self.activation):
-            raise ValueError(f"activation must be a function, got {self.activation!r}")
+        function("activation", self.activation)
         floating("param_dtype", self.param_dtype)
         for name in ("data_axis", "expert_axis"):
             instance(name, getattr(self, name), str)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.checks import instance, one_of, whole
+from moe_jax.checks import function, instance, one_of, whole
 from moe_jax.grouped import Weights, by_group
 from moe_jax.grouping import Grouping, OneGroup
 from moe_jax.layout import Sent, scaled
@@ -104,7 +104,7 @@ class FeedForward(nnx.Module):
       param_dtype: dtype of the weights.
 
     Raises:
-      ValueError: a width is no integer above 0, or an input not as wide as the weights.
+      ValueError: a width is no integer above 0, the activation no function, or an input not as wide as the weights.
 
     Source: Shazeer 2002.05202 (GEGLU); ST-MoE 2202.08906 appendix C (multiplicative bias after the gate).
     """
@@ -165,7 +165,8 @@ class Experts(nnx.Module):
       param_dtype: as in `FeedForward`.
 
     Raises:
-      ValueError: a size is no integer above 0, or an input of other experts or another width.
+      ValueError: a size is no integer above 0, the activation no function, or an input of other experts or another
+        width.
     """
 
     def __init__(
@@ -185,6 +186,7 @@ class Experts(nnx.Module):
         for name, size in (("num_experts", num_experts), ("dim", dim), ("hidden", hidden)):
             whole(name, size, 1)
         instance("rngs", rngs, nnx.Rngs)
+        function("activation", activation)
         weights = partial(initial_weights, init=init, dtype=param_dtype)
         biases = partial(initial_biases, init=init, dtype=param_dtype)
         self.activation = activation

@@ -106,7 +106,8 @@ def block_from_torch(
       **args: of `config_from_torch`: the constructor arguments of the original's `MoE`.
 
     Raises:
-      ValueError: a weight is missing, left over or of the wrong shape.
+      ValueError: a weight is missing, left over or of the wrong shape, or there are feed-forwards and the experts are
+        not of their width (`expert_hidden_mult` 4).
     """
     rngs = nnx.Rngs(0)
     moe = MoE(config_from_torch(**args), rngs=rngs)
@@ -143,13 +144,13 @@ class _Weights:
 
     def into(self, param: nnx.Param | None, *names: str, stacked: bool = False) -> None:
         """Copies the named arrays, matrices transposed to (in, out), into a parameter."""
-        if param is None:
-            raise ValueError(f"{names[0]} has no parameter to go to")
-        arrays = [self.take(name).T for name in names]
-        value = np.stack(arrays) if stacked else arrays[0]
-        if value.shape != param.shape:
-            raise ValueError(f"{names[0]} must make up {param.shape}, got {value.shape}")
-        param[...] = jnp.asarray(value, param.dtype)
+        assert param is not None, "layers of `config_from_torch` have every bias"
+        shape = param.shape[:0:-1] if stacked else param.shape[::-1]
+        arrays = [self.take(name) for name in names]
+        for name, array in zip(names, arrays):
+            if array.shape != shape:
+                raise ValueError(f"{name} must be {shape}, got {array.shape}")
+        param[...] = jnp.asarray(np.stack([a.T for a in arrays]) if stacked else arrays[0].T, param.dtype)
 
     def check_all_used(self) -> None:
         if self.left:

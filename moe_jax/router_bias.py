@@ -22,7 +22,7 @@ def updated_router_bias(bias_e: jax.Array, load_e: jax.Array, rate: float = 1e-3
       rate: step in units of the scores.
 
     Returns:
-      (E,) float, a new array.
+      (E,) in the dtype of `bias_e`, a new array.
 
     Raises:
       ValueError: the shapes differ.
@@ -31,4 +31,4 @@ def updated_router_bias(bias_e: jax.Array, load_e: jax.Array, rate: float = 1e-3
     """
     if load_e.shape != bias_e.shape:
         raise ValueError(f"load_e must be {bias_e.shape}, as bias_e is, got {load_e.shape}")
-    return bias_e + rate * jnp.sign(load_e.mean() - load_e)
+    return bias_e + (rate * jnp.sign(load_e.mean() - load_e)).astype(bias_e.dtype)

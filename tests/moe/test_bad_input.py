@@ -190,6 +190,10 @@ def chosen_at_random(shape: tuple[int, int]) -> Choice:
             r"key must be one PRNG key, got \(2,\) key<fry>",
         ),
         (lambda: Experts(2, 8, -1, rngs=nnx.Rngs(0)), "hidden must be at least 1, got -1"),
+        (
+            lambda: FeedForward(8, 10, rngs=nnx.Rngs(0), activation=anything("gelu")),
+            "activation must be a function, got 'gelu'",
+        ),
         (lambda: FeedForward(0, 10, rngs=nnx.Rngs(0)), "dim must be at least 1, got 0"),
         (
             lambda: FeedForward(8, 10, rngs=nnx.Rngs(0))(hidden_states(2, 7)),

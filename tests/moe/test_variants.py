@@ -1,13 +1,17 @@
 """What a layer can be besides top-n over equal experts: other routers, noise, shared experts, upcycling, weights."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from flax import nnx
 
 from moe_jax import ExpertChoice, Experts, FeedForward, MoE, MoEConfig, TopN, upcycle, updated_router_bias
 from moe_jax.experts import gelu, initial_weights
+from moe_jax.noise import draw_noise
 from moe_jax.routing import Score
 from tests.moe.support import apply, assert_trees_close, config, hidden_states, layer
 
@@ -61,6 +65,8 @@ def test_bias_update_by_hand():
     updated = updated_router_bias(jnp.asarray([0.0, 0.5, -0.1]), jnp.asarray([0.5, 0.2, 0.3]), 0.01)
     np.testing.assert_allclose(updated, [-0.01, 0.51, -0.09], rtol=1e-6)
     np.testing.assert_allclose(updated_router_bias(jnp.zeros(4), jnp.full(4, 0.25)), jnp.zeros(4))
+    with jax.enable_x64(True):
+        assert updated_router_bias(jnp.zeros(4, jnp.float32), jnp.full(4, 0.25, jnp.float64)).dtype == jnp.float32
 
 
 def test_shared_experts_see_every_token():
@@ -141,6 +147,43 @@ def test_noise_acts_in_training_only(noise: str):
     plain = apply(layer(dispatch="ragged"), x, train=False)
     np.testing.assert_array_equal(apply(moe, x, train=False).outputs, plain.outputs)
     np.testing.assert_array_equal(one.router_z_loss, plain.router_z_loss)
+
+
+@pytest.mark.parametrize(
+    ("options", "distribution", "others"),
+    [
+        (
+            {"input_jitter": 0.25},
+            scipy.stats.uniform(0.75, 0.5),
+            [scipy.stats.uniform(0.75, 0.25), scipy.stats.norm(1, 0.25)],
+        ),
+        ({"gumbel_noise": 1.0}, scipy.stats.gumbel_r(), [scipy.stats.norm(0.577, 1.28), scipy.stats.gumbel_l()]),
+        ({"gumbel_noise": 0.5}, scipy.stats.gumbel_r(0, 0.5), [scipy.stats.gumbel_r()]),
+    ],
+    ids=["jitter", "gumbel", "half gumbel"],
+)
+def test_noise_is_distributed_as_named(options: dict[str, float], distribution: Any, others: list[Any]):
+    noise = draw_noise(jax.random.key(5), config(**options), None, tokens=2000, train=True, dtype=jnp.float32)
+    drawn = noise.jitter_td if "input_jitter" in options else noise.gumbel_te
+    assert drawn is not None
+    drawn = np.asarray(drawn)
+
+    def p_value(distribution: Any) -> float:
+        return float(scipy.stats.kstest(drawn.ravel(), distribution.cdf).pvalue)
+
+    assert p_value(distribution) > 1e-3
+    assert max(map(p_value, others)) < 1e-6
+    assert abs(np.corrcoef(drawn.T) - np.eye(drawn.shape[1])).max() < 0.15
+
+
+def test_the_surer_token_has_priority():
+    """Two tokens, one slot, and both want expert 0: the first has it, or the surer."""
+    x = jnp.zeros((2, 8)).at[:, 0].set(jnp.asarray([1.0, 2.0]))
+    for order, served in (("token", [True, False]), ("priority", [False, True])):
+        moe = layer(router=TopN(n=1), slot_order=order, capacity_factor_train=0.5, min_capacity=1)
+        moe.router_de[...] = jnp.zeros((8, 4)).at[0, 0].set(1.0)
+        outputs = apply(moe, x).outputs
+        np.testing.assert_array_equal((outputs != 0).any(1), served)
 
 
 def test_same_key_same_routing_whatever_the_dispatch():
