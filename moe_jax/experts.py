@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.checks import function, instance, one_of, whole
+from moe_jax.checks import floating, function, instance, one_of, whole
 from moe_jax.grouped import Weights, by_group
 from moe_jax.grouping import Grouping, OneGroup
 from moe_jax.layout import Sent, scaled
@@ -104,7 +104,8 @@ class FeedForward(nnx.Module):
       param_dtype: dtype of the weights.
 
     Raises:
-      ValueError: a width is no integer above 0, the activation no function, or an input not as wide as the weights.
+      ValueError: a width is no integer above 0, the activation no function, or an input not as wide as the weights
+        or not floating point.
 
     Source: Shazeer 2002.05202 (GEGLU); ST-MoE 2202.08906 appendix C (multiplicative bias after the gate).
     """
@@ -141,6 +142,7 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(..., D) to (..., D)."""
+        floating("x", x.dtype)
         if x.shape[-1:] != (dim := self.w_in_df.shape[0],):
             raise ValueError(f"x must be (..., {dim}), got {x.shape}")
         weights = weights_by_half(x.dtype, self.w_in_df, self.b_in_f, self.mult_bias_f, self.w_out_fd, self.b_out_d)
@@ -165,8 +167,8 @@ class Experts(nnx.Module):
       param_dtype: as in `FeedForward`.
 
     Raises:
-      ValueError: a size is no integer above 0, the activation no function, or an input of other experts or another
-        width.
+      ValueError: a size is no integer above 0, the activation no function, or an input of other experts, another
+        width or not floating point.
     """
 
     def __init__(
@@ -216,8 +218,10 @@ class Experts(nnx.Module):
         return self._by_group(x_td, sizes, sent)
 
     def _check(self, routed: int, x: jax.Array) -> None:
-        """Raises ValueError when rows are for other experts, or of another width. Of no rows that is not known."""
+        """Raises ValueError when rows are for other experts, of another width or no floating point."""
+        floating("x", x.dtype)
         experts, dim, _ = self.w_in_edf.shape
+        # Of no rows it is not known how many they are for.
         if routed not in (0, experts):
             raise ValueError(f"experts must be the {routed} of the routing, got {experts}")
         if x.shape[-1] != dim:

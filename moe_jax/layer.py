@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jax.sharding import Mesh
 
-from moe_jax.checks import flag, instance
+from moe_jax.checks import flag, floating, instance
 from moe_jax.config import MoEConfig
 from moe_jax.dispatch import ExpertFunctions, mixture
 from moe_jax.experts import Experts, FeedForward, initial_weights
@@ -190,6 +190,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(..., D) to (..., D)."""
+        floating("x", x.dtype)
         wide = at_least_float32(x)
         normal = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + 1e-12)
         scale = self.scale_d[...].reshape((1,) * (x.ndim - 1) + (-1,))

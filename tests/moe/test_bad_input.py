@@ -16,6 +16,7 @@ from moe_jax import (
     FeedForward,
     MoE,
     MoEConfig,
+    RMSNorm,
     RouterInputs,
     SparseMoEBlock,
     TopN,
@@ -199,6 +200,15 @@ def chosen_at_random(shape: tuple[int, int]) -> Choice:
             lambda: FeedForward(8, 10, rngs=nnx.Rngs(0))(hidden_states(2, 7)),
             r"x must be \(\.\.\., 8\), got \(2, 7\)",
         ),
+        (
+            lambda: FeedForward(8, 10, rngs=nnx.Rngs(0))(jnp.ones((2, 8), jnp.int32)),
+            "x must be floating point, got int32",
+        ),
+        (
+            lambda: Experts(2, 8, 10, rngs=nnx.Rngs(0)).batched(jnp.ones((2, 3, 8), jnp.int32)),
+            "x must be floating point, got int32",
+        ),
+        (lambda: RMSNorm(8)(jnp.ones((2, 8), jnp.int32)), "x must be floating point, got int32"),
         (
             lambda: upcycle(FeedForward(8, 10, rngs=nnx.Rngs(0)), 4, rngs=nnx.Rngs(0), bias=False, dim=9),
             "options must leave to the dense layer what it determines, got bias, dim",
