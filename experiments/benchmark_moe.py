@@ -10,6 +10,7 @@ section's results replace those of an earlier run in the same file; the other se
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import pathlib
@@ -75,8 +76,27 @@ class Config:
     repeats: int = 5
     output: pathlib.Path = pathlib.Path("experiments/results/benchmark_moe.json")
 
+    def __post_init__(self) -> None:
+        sizes = {
+            **{name: [getattr(self, name)] for name in ("dim", "mixtral_hidden", "repeats")},
+            **{name: getattr(self, name) for name in ("shape", "lengths")},
+            **{name: sum(getattr(self, name), ()) for name in ("shapes", "growing_experts_shapes")},
+        }
+        # Two experts are active.
+        experts = {
+            "num_experts": [self.num_experts],
+            **{name: getattr(self, name) for name in ("growing_experts", "mixtral_experts")},
+        }
+        for named, least in ((sizes, 1), (experts, 2)):
+            for name, values in named.items():
+                if not values or min(values) < least:
+                    raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if len(set(self.lengths)) < 2:
+            raise ValueError(f"lengths must be two different ones at least, got {self.lengths}")
+
 
 Row = dict[str, Any]
+WITH_TORCH = ("original", "mixtral")
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -90,17 +110,40 @@ def main(config: Config) -> dict[str, Any]:
         "experts": over_experts,
         "mesh": over_meshes,
     }
-    report: dict[str, Any] = json.loads(config.output.read_text()) if config.output.exists() else {}
-    for section in ("mesh",) if config.mesh else config.sections:
+    sections = ("mesh",) if config.mesh else config.sections
+    report = _earlier_report(config.output)
+    if any(section in WITH_TORCH for section in sections) and importlib.util.find_spec("torch") is None:
+        raise ValueError(
+            f"sections {' and '.join(WITH_TORCH)} need torch, transformers and st-moe-pytorch, and torch is not "
+            "installed: pip install -e '.[bench]', or choose --sections dense sequence experts"
+        )
+    for section in sections:
         rows = list(measure[section](config))
         (_print_meshes if section == "mesh" else partial(_print, section))(rows)
         report[section] = {
             "machine": machine(),
-            "versions": moe_reference.versions() if section in ("original", "mixtral") else {},
+            "versions": moe_reference.versions() if section in WITH_TORCH else {},
             "config": dataclasses.asdict(config) | {"output": None},
             "rows": rows,
         }
         config.output.write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def _earlier_report(output: pathlib.Path) -> dict[str, Any]:
+    """What earlier calls have measured, to be added to.
+
+    Raises:
+      ValueError: the file holds something else.
+    """
+    if not output.exists():
+        return {}
+    try:
+        report = json.loads(output.read_text())
+    except ValueError:
+        report = None
+    if not isinstance(report, dict):
+        raise ValueError(f"output must hold a report of this benchmark or not exist, got {output}")
     return report
 
 
@@ -238,7 +281,15 @@ def over_meshes(config: Config) -> Iterable[Row]:
 
 
 def _difference(ours: jax.Array, theirs: np.ndarray) -> float:
-    return float(np.abs(np.asarray(ours) - theirs).max())
+    """The largest difference of outputs.
+
+    Raises:
+      RuntimeError: it is more than rounding.
+    """
+    difference = float(np.abs(np.asarray(ours) - theirs).max())
+    if not difference < 1e-3:
+        raise RuntimeError(f"outputs must agree for their times to be compared, got a difference of {difference:.1e}")
+    return difference
 
 
 def _timed(

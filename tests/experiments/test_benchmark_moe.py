@@ -4,11 +4,13 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import benchmark_moe
+from experiments import benchmark_moe, moe_programs
 from experiments.peak_memory import peak_memory
 
 
@@ -70,6 +72,67 @@ def test_meshes_are_read_from_their_programs(tmp_path: pathlib.Path):
 def test_meshes_refused(tmp_path: pathlib.Path, mesh: tuple[str, ...], message: str):
     with pytest.raises(ValueError, match=message):
         benchmark_moe.main(dataclasses.replace(tiny(tmp_path), mesh=mesh))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"repeats": 0}, "repeats must be at least 1, got 0"),
+        ({"shapes": ((4, 0),)}, r"shapes must be at least 1, got \(\(4, 0\),\)"),
+        ({"growing_experts": ()}, r"growing_experts must be at least 2, got \(\)"),
+        ({"num_experts": 1}, "num_experts must be at least 2, got 1"),
+        ({"lengths": (16, 16)}, "lengths must be two different ones at least"),
+    ],
+)
+def test_sizes_refused(tmp_path: pathlib.Path, changes: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(tiny(tmp_path, "dense"), **changes)
+
+
+@pytest.mark.parametrize("content", ["[]", "", "no JSON"])
+def test_a_file_with_something_else_is_refused(tmp_path: pathlib.Path, content: str):
+    config = dataclasses.replace(tiny(tmp_path, "dense"), output=tmp_path / "other.json")
+    config.output.write_text(content)
+    with pytest.raises(ValueError, match="output must hold a report of this benchmark or not exist, got "):
+        benchmark_moe.main(config)
+    assert config.output.read_text() == content
+
+
+def test_what_is_not_installed_is_said_first(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="sections original and mixtral need torch"):
+        benchmark_moe.main(tiny(tmp_path, "dense", "mixtral"))
+
+
+def test_layers_that_differ_are_not_compared():
+    x = jnp.ones((2, 3))
+    assert benchmark_moe._difference(x, np.full((2, 3), 1 + 1e-5)) == pytest.approx(1e-5, rel=0.01)
+    for other in (1.01, np.nan):
+        with pytest.raises(RuntimeError, match="outputs must agree for their times to be compared"):
+            benchmark_moe._difference(x, np.full((2, 3), other))
+
+
+def test_a_layer_with_the_weights_of_mixtral():
+    """Against its definition in NumPy: softmax, two experts, gates that sum to 1, SiLU of the first half of rows."""
+    random = np.random.default_rng(0)
+    dim, hidden, num_experts = 6, 5, 4
+    weights = {
+        "gate.weight": random.standard_normal((num_experts, dim)),
+        "experts.gate_up_proj": random.standard_normal((num_experts, 2 * hidden, dim)),
+        "experts.down_proj": random.standard_normal((num_experts, dim, hidden)),
+    }
+    x = random.standard_normal((1, 9, dim))
+    expected = np.zeros_like(x[0])
+    for t, token in enumerate(x[0]):
+        score_e = np.exp(weights["gate.weight"] @ token)
+        best = np.argsort(-score_e)[:2]
+        for e in best:
+            gates, values = np.split(weights["experts.gate_up_proj"][e] @ token, 2)
+            hidden_f = gates / (1 + np.exp(-gates)) * values
+            expected[t] += score_e[e] / score_e[best].sum() * (weights["experts.down_proj"][e] @ hidden_f)
+    moe = moe_programs.like_mixtral({name: weight.astype(np.float32) for name, weight in weights.items()})
+    out = moe_programs.routed(moe, jnp.asarray(x, jnp.float32), train=True)
+    np.testing.assert_allclose(out.outputs[0], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_exponents():
