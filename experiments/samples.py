@@ -25,8 +25,9 @@ LEGEND = Text.assemble(("prompt", PROMPT_STYLE), " · ", ("drafted and accepted"
 class ByteText:
     """Turns bytes that come one by one into printable characters, a style for each.
 
-    A character of several bytes appears with its last byte, in that byte's style. Bytes that are no UTF-8 become �,
-    and control characters their pictures (␛ for escape), so that nothing generated can steer the terminal.
+    A character of several bytes appears with its last byte, in that byte's style. Bytes that are no UTF-8 become �, as
+    do the tokens above 255 of a larger vocabulary, and control characters their pictures (␛ for escape), so that
+    nothing generated can steer the terminal.
     """
 
     def __init__(self) -> None:
@@ -37,7 +38,8 @@ class ByteText:
         text = Text()
         pairs = zip(tokens, styles, strict=True)
         for style, run in itertools.groupby(pairs, key=lambda pair: pair[1]):
-            text.append(printable(self._decoder.decode(bytes(token for token, _ in run))), style)
+            # UTF-8 never has a byte 255.
+            text.append(printable(self._decoder.decode(bytes(min(token, 255) for token, _ in run))), style)
         return text
 
     def end(self) -> Text:

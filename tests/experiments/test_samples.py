@@ -38,6 +38,11 @@ def test_a_character_has_the_style_of_its_last_byte():
     assert characters.end().plain == "�"
 
 
+def test_tokens_that_are_no_bytes_are_shown_as_such():
+    characters = ByteText()
+    assert characters.feed([65, 300, 0xC3, 256, 66], ["green"] * 5).plain == "A���B"
+
+
 def test_samples_are_what_decoding_gives():
     config = spec_jax.DecoderConfig(dim=16, depth=1, heads=1, dim_head=16)
     target, draft = (spec_jax.Decoder(config, rngs=nnx.Rngs(seed)) for seed in (0, 1))
