@@ -189,11 +189,12 @@ def _digests(folder: pathlib.Path) -> dict[str, int]:
     return {path.relative_to(folder).as_posix(): zlib.crc32(path.read_bytes()) for path in files}
 
 
-def open_run(run: pathlib.Path) -> Checkpoints:
+def open_run(run: pathlib.Path, *, argument: str = "checkpoint") -> Checkpoints:
     """The checkpoints of a finished or running run, to read.
 
     Args:
       run: a run's output folder, or the folder of checkpoints in it.
+      argument: what the user calls it.
 
     Raises:
       ValueError: there is none.
@@ -201,7 +202,7 @@ def open_run(run: pathlib.Path) -> Checkpoints:
     output = run.parent if run.name == FOLDER else run
     checkpoints = Checkpoints(output, read_only=True) if (output / FOLDER).is_dir() else None
     if checkpoints is None or checkpoints.latest is None:
-        raise ValueError(f"checkpoint must be the output folder of a training run with a checkpoint, got {run}")
+        raise ValueError(f"{argument} must be the output folder of a training run with a checkpoint, got {run}")
     return checkpoints
 
 

@@ -29,6 +29,7 @@ from experiments.expert_decoder import forward, num_parameters, sum_of
 from experiments.figures import Panel, save_panels
 from experiments.flops import counted_flops
 from experiments.metrics import read_metrics
+from experiments.output import make_folder
 from experiments.report import machine
 from experiments.runtime import exit_with, require_one_process, use_compilation_cache
 from experiments.session import finish
@@ -50,6 +51,7 @@ class CompareConfig:
       output: folder for the runs, the table and the figure.
       variants: of `sparse` and the names of `train_moe.VARIANTS`.
       steps: training steps of each; None is the preset's.
+      batch_size: rows of a batch; None is the preset's. Devices share them evenly.
       seeds: runs of each, with other weights and batches.
       data: the text.
     """
@@ -57,6 +59,7 @@ class CompareConfig:
     output: pathlib.Path = pathlib.Path("runs/experts")
     variants: tuple[str, ...] = (SPARSE, *VARIANTS)
     steps: int | None = None
+    batch_size: int | None = None
     seeds: int = 1
     data: str = "stdlib"
 
@@ -66,10 +69,9 @@ class CompareConfig:
             raise ValueError("variants must have at least one name, got ()")
         if unknown := [name for name in self.variants if name not in known]:
             raise ValueError(f"variants must be of {', '.join(known)}, got {unknown[0]!r}")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
-        if self.seeds < 1:
-            raise ValueError(f"seeds must be at least 1, got {self.seeds}")
+        for name in ("steps", "batch_size", "seeds"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
 
     def run(self, variant: str, seed: int) -> TrainMoEConfig:
         """Configuration of one run."""
@@ -80,6 +82,7 @@ class CompareConfig:
             output=self.output / f"{variant}_{seed}",
             seed=seed,
             steps=preset.steps if self.steps is None else self.steps,
+            batch_size=preset.batch_size if self.batch_size is None else self.batch_size,
             sample_every=0,
             report=False,
         )
@@ -268,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     require_one_process()
     console = Console()
     use_compilation_cache()
-    config.output.mkdir(parents=True, exist_ok=True)
+    make_folder(config.output)
     results = run_all(config, console)
     rows = table_rows(results)
     table = Table(*COLUMNS, title="the same text and batches", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))

@@ -28,6 +28,7 @@ from experiments.decoding_run import DecodingRunConfig
 from experiments.figures import Panel, save_panels
 from experiments.generate import load_run
 from experiments.measure import PLAIN, Measurement, measure_costs, measure_decoding
+from experiments.output import make_folder
 from experiments.report import machine
 from experiments.runtime import exit_with, require_one_process, use_compilation_cache
 from experiments.session import Task, finish
@@ -289,7 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     require_one_process()
     console = Console()
     use_compilation_cache()
-    config.output.mkdir(parents=True, exist_ok=True)
+    make_folder(config.output)
     shared = train_all(config, console)
     rows = measure_all(config, shared, console)
     print_rows(console, rows)

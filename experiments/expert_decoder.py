@@ -151,7 +151,8 @@ def equal_hidden(config: DecoderConfig, experts: ExpertsConfig) -> int:
 
     With "equal_flops" in the products of the training step: a GEGLU takes 3 · D · F multiplications per token, the
     router D · E, and the experts those of `capacity_factor` tokens for each, since their slots are computed whether
-    filled or not. With "equal_parameters" in the number of weights.
+    filled or not: where the slots are rounded, to whole ones and at least `min_capacity`, sequences are short for the
+    number of experts and the two differ by as much. With "equal_parameters" in the number of weights.
     """
     dim, hidden = config.dim, experts.layer(config.dim).expert_hidden
     if experts.kind == "equal_flops":

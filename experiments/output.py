@@ -18,12 +18,11 @@ CONTENTS = (
 )  # fmt: skip
 
 
-def prepare_output(output: pathlib.Path, *, resume: bool, overwrite: bool) -> None:
-    """Makes the folder and empties it of an old run where asked to.
+def make_folder(output: pathlib.Path) -> None:
+    """Makes a folder to write to.
 
     Raises:
-      ValueError: it cannot be written; it holds a run and neither `resume` nor `overwrite` is given; or there is
-        nothing to resume.
+      ValueError: it cannot be made, or not be written to.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -32,6 +31,16 @@ def prepare_output(output: pathlib.Path, *, resume: bool, overwrite: bool) -> No
         probe.unlink()
     except OSError as error:
         raise ValueError(f"output must be a folder that can be written, got {output}: {error}") from error
+
+
+def prepare_output(output: pathlib.Path, *, resume: bool, overwrite: bool) -> None:
+    """Makes the folder and empties it of an old run where asked to.
+
+    Raises:
+      ValueError: it cannot be written; it holds a run and neither `resume` nor `overwrite` is given; or there is
+        nothing to resume.
+    """
+    make_folder(output)
     if resume:
         checkpoints.open_run(output)
         return

@@ -33,17 +33,21 @@ from experiments.train_state import (
 from experiments.training import Instruments, Job, restored_state, train
 from moe_jax import param_shardings
 
+THE_SAME = "the same command"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Origin:
     """Another run, from whose models this one starts.
 
     Attributes:
+      argument: what the user calls it.
       output: its folder.
       models_of: the models that its configuration describes, with fresh weights.
       convert: this run's models from them.
     """
 
+    argument: str
     output: pathlib.Path
     models_of: Callable[[Mapping[str, Any]], Models]
     convert: Callable[[Models], Models]
@@ -75,13 +79,14 @@ class Task:
     origin: Origin | None = None
 
 
-def run(config: RunConfig, task: Task, console: Console | None = None) -> int:
+def run(config: RunConfig, task: Task, console: Console | None = None, *, go_on: str = "--resume") -> int:
     """Trains, reports, and returns the exit code: 0, or 130 or 143 when a signal ended it early.
 
     Args:
       config: the run's configuration.
       task: what to train.
       console: where to print; by default standard output.
+      go_on: what continues the run after a signal, in words for the user.
 
     Returns:
       The exit code.
@@ -101,7 +106,10 @@ def run(config: RunConfig, task: Task, console: Console | None = None) -> int:
     text = load_text(config.data)
     text.check(config.sequence_length)
     check_batch(config.batch_size, config.accumulation, mesh)
-    configuration = {"kind": task.kind, "text": f"{text.name}, SHA-256 {text.fingerprint()}", **as_json(config)}
+    configuration = _configuration(config, task, text)
+    if task.origin is not None and not config.resume:
+        # Before an old run is deleted for this one.
+        _check_origin(task.origin, config)
     # A run is read by all processes or none: Orbax lets those that open checkpoints wait for each other.
     if first_process or config.resume:
         prepare_output(config.output, resume=config.resume, overwrite=config.overwrite)
@@ -130,7 +138,7 @@ def run(config: RunConfig, task: Task, console: Console | None = None) -> int:
     with StopRequest(console) as stop:
         state = _train(job, task, console, stop)
     if stop.signal is not None:
-        console.print(f"[yellow]Stopped after step {int(state.step):,}; go on with --resume.")
+        console.print(f"[yellow]Stopped after step {int(state.step):,}; go on with {go_on}.")
         return stop.exit_code
     if config.report:
         copies = local_copy(state.models, mesh)
@@ -144,19 +152,24 @@ def finish(config: RunConfig, task: Task, console: Console) -> int:
     """`run`, from the last checkpoint on where the output folder holds one, and not at all where that is the end.
 
     Raises:
-      ValueError: the folder holds a run of another configuration.
+      ValueError: the folder holds a run of another configuration or of another text.
     """
     found = newest(config.output)
     if found is None:
-        return run(dataclasses.replace(config, overwrite=True), task, console)
+        return run(dataclasses.replace(config, overwrite=True), task, console, go_on=THE_SAME)
     step, configuration = found
-    wanted = {"kind": task.kind, "text": configuration.get("text"), **as_json(config)}
+    wanted = _configuration(config, task, load_text(config.data))
     if different := differences(configuration, wanted):
         raise ValueError(f"output must hold this run or none, got {config.output} with {'; '.join(different)}")
     if step == config.steps:
         console.print(f"{task.kind} in {config.output}: trained already")
         return 0
-    return run(dataclasses.replace(config, resume=True), task, console)
+    return run(dataclasses.replace(config, resume=True), task, console, go_on=THE_SAME)
+
+
+def _configuration(config: RunConfig, task: Task, text: Text) -> dict[str, Any]:
+    """What a run is, as its checkpoints keep it."""
+    return {"kind": task.kind, "text": f"{text.name}, SHA-256 {text.fingerprint()}", **as_json(config)}
 
 
 def state_template(config: RunConfig, task: Task, mesh: Mesh) -> TrainState:
@@ -182,6 +195,15 @@ def first_state(config: RunConfig, task: Task, template: TrainState, mesh: Mesh)
     return jax.jit(lambda models: TrainState.create(convert(models), config.optimizer()), out_shardings=shardings)(
         models
     )
+
+
+def _check_origin(origin: Origin, config: RunConfig) -> None:
+    """Raises ValueError where the run that this one starts from is no other, is none, or does not fit."""
+    if origin.output.resolve() == config.output.resolve():
+        raise ValueError(f"{origin.argument} must be another folder than output, got {origin.output} for both")
+    with open_run(origin.output, argument=origin.argument) as checkpoints:
+        configuration = checkpoints.configuration(checkpoints.require_latest())
+    jax.eval_shape(lambda: origin.convert(origin.models_of(configuration)))
 
 
 def _models_of_origin(origin: Origin, mesh: Mesh) -> Models:

@@ -162,7 +162,7 @@ def origin(config: TrainMoEConfig) -> Origin | None:
         router_seed = jax.random.split(jax.random.key(config.seed))[0]
         return {**dense, "target": upcycled(dense["target"], config.experts, rngs=nnx.Rngs(router_seed))}
 
-    return Origin(output=config.upcycle_from, models_of=dense_models, convert=convert)
+    return Origin(argument="upcycle_from", output=config.upcycle_from, models_of=dense_models, convert=convert)
 
 
 def task(config: TrainMoEConfig) -> Task:

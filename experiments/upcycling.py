@@ -4,8 +4,8 @@
     python -m experiments.train_moe cpu --upcycle-from runs/dense --output runs/upcycled \\
         --experts.hidden 770 --experts.threshold 1e-6 --experts.no-add-ff-after
 
-Every expert starts as a copy of the feed-forward in whose place it stands, so that the first validation loss is the
-dense run's. Only the routers are new.
+Every expert starts as a copy of the feed-forward in whose place it stands, so that the validation loss before the first
+step is the dense run's. Only the routers are new.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import os
+import shutil
 import subprocess
 import sys
 from typing import Any
@@ -210,13 +211,25 @@ def test_upcycling_starts_where_the_dense_run_ended(tmp_path):
         _, other = jax.jit(task.validation_loss_fn)(state.models, shard_rows(rows, mesh, axis=0))
     assert abs(float(other["target_loss"]) - float(expected["target_loss"])) > 1e-4
 
+    # Refused before the run in the output folder is deleted, and before a folder is made.
+    earlier = tmp_path / "earlier"
+    shutil.copytree(dense.output, earlier)
     for changes, message in (
         ({"hidden": 24}, "experts.hidden must be the dense run's 23, got 24"),
-        ({"hidden": 23, "target": dataclasses.replace(SMALL, heads=1)}, "target must be that of .*dense"),
+        ({"target": dataclasses.replace(SMALL, heads=1)}, "target must be that of .*dense"),
+        ({"upcycle_from": tmp_path / "nowhere"}, "upcycle_from must be the output folder of a training run .* got"),
+        ({"upcycle_from": earlier}, "upcycle_from must be another folder than output, got"),
     ):
-        wrong = upcycled_config(dense, tmp_path, **changes)
+        wrong = dataclasses.replace(upcycled_config(dense, tmp_path, hidden=changes.pop("hidden", hidden)), **changes)
+        over = dataclasses.replace(wrong, output=earlier, overwrite=True)
         with pytest.raises(ValueError, match=message):
-            first_state(wrong, train_moe.task(wrong), state_template(wrong, train_moe.task(wrong), mesh), mesh)
+            run(over, train_moe.task(over), Console(file=io.StringIO()))
+        with open_run(earlier) as checkpoints:
+            assert checkpoints.latest == dense.steps
+        if wrong.upcycle_from != earlier:
+            with pytest.raises(ValueError, match=message):
+                run(wrong, train_moe.task(wrong), Console(file=io.StringIO()))
+            assert not wrong.output.exists()
     with pytest.raises(ValueError, match="add_ff_after must be False to upcycle"):
         dataclasses.replace(config, experts=ExpertsConfig())
     with pytest.raises(ValueError, match=r"experts\.top_n must be at least 2 to upcycle .*, got 1"):

@@ -177,6 +177,9 @@ def test_variants_are_compared(tmp_path, monkeypatch: pytest.MonkeyPatch):
     trained = (output / "sparse_0" / "metrics.jsonl").stat().st_mtime_ns
     assert compare_experts.main(arguments) == 0
     assert (output / "sparse_0" / "metrics.jsonl").stat().st_mtime_ns == trained
+    (tmp_path / "other.txt").write_bytes((tmp_path / "text.txt").read_bytes()[::-1])
+    with pytest.raises(ValueError, match=r"output must hold this run or none, .* text: expected 'text.txt, SHA"):
+        compare_experts.main([*arguments, "--data", str(tmp_path / "other.txt")])
 
 
 @pytest.mark.parametrize(
@@ -198,6 +201,11 @@ def test_variants_are_compared(tmp_path, monkeypatch: pytest.MonkeyPatch):
         (lambda: compare_experts.CompareConfig(variants=("thin",)), "variants must be of sparse, .*, got 'thin'"),
         (lambda: compare_experts.CompareConfig(steps=0), "steps must be at least 1, got 0"),
         (lambda: compare_experts.CompareConfig(seeds=0), "seeds must be at least 1, got 0"),
+        (lambda: compare_experts.CompareConfig(batch_size=0), "batch_size must be at least 1, got 0"),
+        (
+            lambda: compare_experts.main(["--output", str(pathlib.Path(__file__))]),
+            "output must be a folder that can be written, got",
+        ),
     ],
 )
 def test_bad_input(make: Any, message: str):
