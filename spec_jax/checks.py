@@ -135,7 +135,8 @@ def checked_pad(pad_id: int) -> jax.Array:
 
 def bucket(length: int, step: int = 64) -> int:
     """The smallest multiple of `step` that holds `length`: sizes are rounded up so that programs are reused."""
-    return -(-length // step) * step
+    # NumPy's small integers would overflow.
+    return -(-int(length) // step) * step
 
 
 def checked_size(cache_size: int | None, *, width: int, max_new_tokens: int, gamma: int) -> int:

@@ -20,7 +20,8 @@ class DecoderConfig:
       ff_mult: hidden width of the feed-forward as a multiple of `dim`.
       rotary_base: base of the rotary frequencies (RoFormer, 2104.09864).
       norm_epsilon: added to the mean square in every RMS norm.
-      dtype: compute and cache dtype. Weights, norms' statistics, softmax and logits are float32 whatever it is.
+      dtype: compute and cache dtype. Weights, norms' statistics and softmax are float32 whatever it is; logits are
+        computed in it and returned as float32.
       early_exit_layer: blocks before the early exit, a branch with logits of its own; None is no exit.
       early_exit_extra_blocks: blocks that only the exit has, between the trunk and its head.
       detach_early_exit_hiddens: whether the exit's gradient stops at the trunk.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -48,6 +50,14 @@ def test_no_new_tokens():
     assert result.tokens.shape == (2, 0)
     assert result.lengths.tolist() == result.rounds.tolist() == result.drafted.tolist() == [0, 0]
     assert base_decoding(TARGET, np.ones((1, 2), int), max_new_tokens=0, key=KEY).tokens.shape == (1, 0)
+
+
+def test_small_integers_of_numpy_count_as_others_do():
+    """As an int8, 100 rounded up to a multiple of 64 would be -128."""
+    lengths: tuple[Any, ...] = (100, np.int8(100), np.uint8(100))
+    results = [base_decoding(CYCLE, [[0]], max_new_tokens=length, key=KEY) for length in lengths]
+    for result in results:
+        np.testing.assert_array_equal(result.tokens, [[1, 2, 3, 0] * 25])
 
 
 @pytest.mark.parametrize("rule", RULES)
