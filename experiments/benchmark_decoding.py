@@ -26,6 +26,7 @@ from rich.table import Table
 import spec_jax
 from experiments import torch_reference
 from experiments.measure import alternate, leviathan_speedup, measure_costs
+from experiments.output import make_folder_of
 from experiments.report import machine
 from spec_jax import checks, decoding, loop
 from spec_jax.drafters.plain import Plain
@@ -68,7 +69,7 @@ SAMPLING = spec_jax.Sampling(temperature=1.0, top_k=0.9)
 
 def main(config: Config) -> dict[str, Any]:
     """Runs all parts, prints them and writes the JSON."""
-    config.output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder_of(config.output)
     console = Console()
     with_torch = config.with_torch
     if with_torch is None:

@@ -28,6 +28,7 @@ from rich.table import Table
 import moe_jax
 from experiments import mesh_costs, moe_programs, moe_reference
 from experiments.measure import alternate
+from experiments.output import make_folder_of
 from experiments.peak_memory import peak_memory
 from experiments.report import machine
 from experiments.runtime import exit_with
@@ -101,7 +102,7 @@ WITH_TORCH = ("original", "mixtral")
 
 def main(config: Config) -> dict[str, Any]:
     """Measures the sections asked for, prints each as it is done, and writes them into the JSON."""
-    config.output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder_of(config.output)
     measure: dict[str, Callable[[Config], Iterable[Row]]] = {
         "original": against_original,
         "mixtral": against_mixtral,

@@ -135,6 +135,8 @@ class Checkpoints:
         }
 
     def _read(self, step: int, args: ocp.args.Composite) -> Any:
+        if step not in (there := sorted(self._manager.all_steps())):
+            raise ValueError(f"step must be one of {', '.join(map(str, there))}, got {step}")
         try:
             self._verify_digests(step)
             return self._manager.restore(step, args=args)
@@ -189,6 +191,11 @@ def _digests(folder: pathlib.Path) -> dict[str, int]:
     return {path.relative_to(folder).as_posix(): zlib.crc32(path.read_bytes()) for path in files}
 
 
+def run_folder(run: pathlib.Path) -> pathlib.Path:
+    """A run's output folder, given it or the folder of checkpoints in it."""
+    return run.parent if run.name == FOLDER and not (run / FOLDER).is_dir() else run
+
+
 def open_run(run: pathlib.Path, *, argument: str = "checkpoint") -> Checkpoints:
     """The checkpoints of a finished or running run, to read.
 
@@ -199,7 +206,7 @@ def open_run(run: pathlib.Path, *, argument: str = "checkpoint") -> Checkpoints:
     Raises:
       ValueError: there is none.
     """
-    output = run.parent if run.name == FOLDER else run
+    output = run_folder(run)
     checkpoints = Checkpoints(output, read_only=True) if (output / FOLDER).is_dir() else None
     if checkpoints is None or checkpoints.latest is None:
         raise ValueError(f"{argument} must be the output folder of a training run with a checkpoint, got {run}")

@@ -22,6 +22,7 @@ from rich.table import Table
 
 import spec_jax
 from experiments.measure import measure_costs
+from experiments.output import make_folder_of
 from experiments.report import machine
 from experiments.runtime import exit_with
 
@@ -53,6 +54,8 @@ class CostConfig:
     def __post_init__(self) -> None:
         if not self.gammas or min(self.gammas) < 1:
             raise ValueError(f"gammas must be at least 1 each, got {self.gammas}")
+        if self.repeats < 1:
+            raise ValueError(f"repeats must be at least 1, got {self.repeats}")
         if not 1 <= self.draft_depth < self.depth:
             raise ValueError(f"draft_depth must be in [1, depth = {self.depth}), got {self.draft_depth}")
 
@@ -91,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Reads the command line, measures, prints and writes."""
     config = tyro.cli(CostConfig, args=arguments, description=__doc__)
     console = Console()
-    config.output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder_of(config.output)
     with console.status(f"timing on {jax.devices()[0].device_kind}"):
         rows = round_costs(config)
     names = list(dict.fromkeys(row["strategy"] for row in rows))

@@ -59,6 +59,8 @@ class CompareConfig:
     def __post_init__(self) -> None:
         if self.seeds < 2:
             raise ValueError(f"seeds must be at least 2, got {self.seeds}: one says nothing of the spread")
+        if self.dim < 64:
+            raise ValueError(f"dim must be at least 64, the width of a head, got {self.dim}")
 
 
 def configuration(config: CompareConfig, way: str, seed: int) -> train_prophet.TrainProphetConfig:
@@ -94,6 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     require_one_process()
     console = Console()
     curves = {way: [curve(config, way, seed, console) for seed in range(config.seeds)] for way in WAYS}
+    # Where runs are of an earlier start with another `validate_every`, these are the points that all have.
+    shared = set.intersection(*({step for step, _ in run} for runs in curves.values() for run in runs))
+    curves = {way: [[point for point in run if point[0] in shared] for run in runs] for way, runs in curves.items()}
     last = {way: np.array([points[-1][1] for points in runs]) for way, runs in curves.items()}
     table = Table(title=f"target's validation loss after {config.steps} steps, {config.seeds} seeds")
     for column in ("", "bits per byte", "difference from alone, same seed", "of which seeds better"):

@@ -200,7 +200,10 @@ def kept_cell(path: pathlib.Path, config: CompareConfig, measure: Callable[[], l
         return [Row.from_json(row) for row in kept["rows"]]
     rows = measure()
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"how": how, "rows": [row.as_json() for row in rows]}, indent=2) + "\n")
+    # Under its name only when it is whole.
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps({"how": how, "rows": [row.as_json() for row in rows]}, indent=2) + "\n")
+    unfinished.replace(path)
     return rows
 
 

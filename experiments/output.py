@@ -33,6 +33,17 @@ def make_folder(output: pathlib.Path) -> None:
         raise ValueError(f"output must be a folder that can be written, got {output}: {error}") from error
 
 
+def make_folder_of(file: pathlib.Path) -> None:
+    """Makes the folder of a file to write.
+
+    Raises:
+      ValueError: it cannot be made, or not be written to, or the file is a folder.
+    """
+    if file.is_dir():
+        raise ValueError(f"output must be a file, got the folder {file}")
+    make_folder(file.parent)
+
+
 def prepare_output(output: pathlib.Path, *, resume: bool, overwrite: bool) -> None:
     """Makes the folder and empties it of an old run where asked to.
 
@@ -42,7 +53,7 @@ def prepare_output(output: pathlib.Path, *, resume: bool, overwrite: bool) -> No
     """
     make_folder(output)
     if resume:
-        checkpoints.open_run(output)
+        checkpoints.open_run(output, argument="output")
         return
     present = [name for name in CONTENTS if (output / name).exists()]
     if present and not overwrite:

@@ -25,6 +25,7 @@ from rich.progress import track
 from rich.table import Table
 
 import spec_jax
+from experiments.checkpoints import run_folder
 from experiments.data import load_text, validation_batches
 from experiments.generate import load_run
 from experiments.measure import leviathan_speedup
@@ -180,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             style="bold" if found is best else "",
         )  # fmt: skip
     console.print(table)
-    path = config.checkpoint / LAYER_SKIP_FILE
+    path = run_folder(config.checkpoint) / LAYER_SKIP_FILE
     path.write_text(
         json.dumps({"best": dataclasses.asdict(best), "way": [dataclasses.asdict(f) for f in way]}, indent=2)
     )

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.checkpoints import Checkpoints, named_leaves, open_run
+from experiments.checkpoints import Checkpoints, named_leaves, open_run, run_folder
 
 MODELS = {"target": {"kernel": jnp.arange(6.0).reshape(2, 3)}, "draft": {"kernel": jnp.ones((4,), jnp.bfloat16)}}
 OPTIMIZER = (jnp.int32(3), {"mu": jnp.full((2, 3), 0.1)})
@@ -54,10 +54,19 @@ def test_what_a_kill_leaves_is_no_checkpoint(tmp_path):
 
 
 def test_a_run_folder_and_its_checkpoints_folder_both_open(tmp_path):
-    save(tmp_path, [5])
-    for path in (tmp_path, tmp_path / "checkpoints"):
-        with open_run(path) as checkpoints:
-            assert checkpoints.configuration(5) == CONFIGURATION
+    # A run's own folder may be called like that, too.
+    for run in (tmp_path, tmp_path / "other" / "checkpoints"):
+        save(run, [5])
+        for path in (run, run / "checkpoints"):
+            assert run_folder(path) == run
+            with open_run(path) as checkpoints:
+                assert checkpoints.configuration(5) == CONFIGURATION
+
+
+def test_a_step_that_there_never_was(tmp_path):
+    save(tmp_path, [5, 7])
+    with open_run(tmp_path) as checkpoints, pytest.raises(ValueError, match="step must be one of 5, 7, got 6"):
+        checkpoints.configuration(6)
 
 
 def damage(path: pathlib.Path, how: str) -> None:

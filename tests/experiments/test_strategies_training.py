@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import pathlib
 from typing import Any
 
 import jax
@@ -207,6 +208,11 @@ def test_prophets_effect_is_compared(tmp_path, monkeypatch: pytest.MonkeyPatch):
     np.testing.assert_allclose(curves["prophet, detached"], curves["target alone"], rtol=1e-6)
     assert np.abs(np.subtract(curves["prophet"], curves["target alone"])[:, -1, 1]).min() > 1e-2
     assert (output / "prophet_effect.png").exists()
+    # Another seed, with points at more steps than the runs that are there.
+    assert compare_prophet_training.main([*arguments, "--seeds", "3", "--validate-every", "1"]) == 0
+    more = json.loads((output / "prophet_effect.json").read_text())["curves"]
+    assert {way: runs[:2] for way, runs in more.items()} == curves
+    assert [[step for step, _ in run] for run in more["prophet"]] == [[2, 4]] * 3
 
 
 def test_the_target_does_not_depend_on_the_prophet():
@@ -242,6 +248,12 @@ def test_the_target_does_not_depend_on_the_prophet():
         (lambda: compare_strategies.CompareConfig(preset="gpu"), "preset must be one of cpu, enwik8, got 'gpu'"),
         (lambda: compare_strategies.CompareConfig(gammas=()), "gammas must have at least one value"),
         (lambda: compare_prophet_training.CompareConfig(seeds=1), "seeds must be at least 2, got 1"),
+        (lambda: compare_prophet_training.CompareConfig(dim=48), "dim must be at least 64, .* got 48"),
+        (lambda: compare_costs.CostConfig(repeats=0), "repeats must be at least 1, got 0"),
+        (
+            lambda: compare_costs.main(["--output", str(pathlib.Path(__file__).parent)]),
+            "output must be a file, got the folder",
+        ),
     ],
 )  # fmt: skip
 def test_bad_input(make: Any, message: str):
