@@ -10,7 +10,7 @@ from typing import Any, Literal
 import optax
 
 # A run may be resumed with other values of these: they change what is kept or shown, or who computes it, not what is
-# learnt. `data` is a name; that it names the same bytes is checked by their digest.
+# learnt. `data` is a place; that a file of the same name and bytes is there is checked by their digest.
 MAY_CHANGE = frozenset(
     (
         *("data", "output", "resume", "overwrite", "wandb", "distributed", "coordinator", "processes", "process_index"),
@@ -37,7 +37,8 @@ class RunConfig:
       sequence_length: tokens predicted a sequence.
       learning_rate: Adam's, at its highest.
       warmup_steps: steps over which the learning rate rises from 0.
-      schedule: what the learning rate does then: stay, or fall to a tenth by half a cosine over `steps`.
+      schedule: what the learning rate does then: stay, or fall by half a cosine that reaches a tenth `steps`
+        after the warm-up.
       adam_b2: decay of Adam's second moment.
       clip_norm: largest global norm of a model's gradient.
       log_every: steps between records of the training loss, which is the mean over them.

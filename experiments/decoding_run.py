@@ -87,8 +87,10 @@ def shared_fields(config: DecodingRunConfig, other: type[DecodingRunConfig]) -> 
 
 def prompt(split: np.ndarray, config: DecodingRunConfig, step: int) -> np.ndarray:
     """(1, prompt_length) bytes, another piece for each step."""
-    # A row of `batch_at` has one token more than its sequence.
-    return batch_at(split, seed=config.seed, step=step, batch_size=1, sequence_length=config.prompt_length - 1)
+    # A row of `batch_at` has one token more than its sequence, and a sequence at least one.
+    length = max(config.prompt_length - 1, 1)
+    rows = batch_at(split, seed=config.seed, step=step, batch_size=1, sequence_length=length)
+    return rows[:, : config.prompt_length]
 
 
 def decoding_task(
@@ -112,6 +114,15 @@ def decoding_task(
       validation_loss_fn: the same on validation text, where that is another function.
       origin: where the weights come from, if not from `make_models`.
     """
+
+    def check_text(text: Text) -> None:
+        for name, split, used in (
+            ("validation", text.validation, config.sample_every > 0),
+            ("test", text.test, config.report),
+        ):
+            if used and len(split) < max(config.prompt_length, 2):
+                most = f"the {len(split)} bytes of {name} text"
+                raise ValueError(f"prompt_length must be at most {most}, got {config.prompt_length}")
 
     def on_sample(models: Models, text: Text, done: int, console: Console) -> None:
         print_samples(
@@ -155,4 +166,5 @@ def decoding_task(
         on_report=on_report,
         validation_loss_fn=validation_loss_fn,
         origin=origin,
+        check_text=check_text,
     )

@@ -82,13 +82,22 @@ def read_metrics(output: pathlib.Path) -> list[dict[str, float]]:
     return records
 
 
-def _start_wandb(project: str, output: pathlib.Path, config: Mapping[str, Any] | None) -> Any:
+def wandb_module() -> Any:
+    """The package.
+
+    Raises:
+      ValueError: it is not installed.
+    """
     try:
-        wandb = importlib.import_module("wandb")
+        return importlib.import_module("wandb")
     except ImportError:
         raise ValueError(
             "wandb must be installed to log to Weights & Biases: pip install 'spec-moe-jax[wandb]'"
         ) from None
+
+
+def _start_wandb(project: str, output: pathlib.Path, config: Mapping[str, Any] | None) -> Any:
     # A name made from the folder lets a resumed run go on in its own record.
     name = "-".join(output.absolute().parts[-2:])
+    wandb = wandb_module()
     return wandb.init(project=project, id=name, name=name, dir=str(output), config=dict(config or {}), resume="allow")

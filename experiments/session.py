@@ -12,10 +12,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from rich.console import Console
 
-from experiments.checkpoints import Checkpoints, newest, open_run
+from experiments.checkpoints import Checkpoints, newest, open_run, run_folder
 from experiments.config import RunConfig, as_json, differences
 from experiments.data import Text, load_text
-from experiments.metrics import Metrics
+from experiments.metrics import Metrics, wandb_module
 from experiments.output import prepare_output
 from experiments.progress import TrainingProgress
 from experiments.runtime import start_processes, use_compilation_cache
@@ -67,6 +67,7 @@ class Task:
       validation_loss_fn: the loss on validation text, of a model that behaves otherwise in evaluation; None is
         `loss_fn`.
       origin: where the weights come from, if `make_models` gives no more than their shapes.
+      check_text: raises ValueError where `on_sample` or `on_report` could not use a text.
     """
 
     kind: str
@@ -77,6 +78,7 @@ class Task:
     on_report: Callable[[Models, Text, Console, dict[str, Any]], None]
     validation_loss_fn: LossFn | None = None
     origin: Origin | None = None
+    check_text: Callable[[Text], None] | None = None
 
 
 def run(config: RunConfig, task: Task, console: Console | None = None, *, go_on: str = "--resume") -> int:
@@ -105,7 +107,11 @@ def run(config: RunConfig, task: Task, console: Console | None = None, *, go_on:
     console = console or Console(quiet=not first_process)
     text = load_text(config.data)
     text.check(config.sequence_length)
+    if task.check_text is not None:
+        task.check_text(text)
     check_batch(config.batch_size, config.accumulation, mesh)
+    if first_process and config.wandb is not None:
+        wandb_module()
     configuration = _configuration(config, task, text)
     if task.origin is not None and not config.resume:
         # Before an old run is deleted for this one.
@@ -116,7 +122,9 @@ def run(config: RunConfig, task: Task, console: Console | None = None, *, go_on:
     if config.resume:
         # Refused before the log is cut and before temporary folders of the old run are swept up.
         with open_run(config.output) as checkpoints:
-            checkpoints.check(checkpoints.require_latest(), configuration)
+            step = checkpoints.require_latest()
+            checkpoints.check(step, configuration)
+        _check_steps(step, config)
     _wait_for_all("output")
 
     def on_sample(models: Models, done: int) -> None:
@@ -161,6 +169,7 @@ def finish(config: RunConfig, task: Task, console: Console) -> int:
     wanted = _configuration(config, task, load_text(config.data))
     if different := differences(configuration, wanted):
         raise ValueError(f"output must hold this run or none, got {config.output} with {'; '.join(different)}")
+    _check_steps(step, config)
     if step == config.steps:
         console.print(f"{task.kind} in {config.output}: trained already")
         return 0
@@ -170,6 +179,12 @@ def finish(config: RunConfig, task: Task, console: Console) -> int:
 def _configuration(config: RunConfig, task: Task, text: Text) -> dict[str, Any]:
     """What a run is, as its checkpoints keep it."""
     return {"kind": task.kind, "text": f"{text.name}, SHA-256 {text.fingerprint()}", **as_json(config)}
+
+
+def _check_steps(trained: int, config: RunConfig) -> None:
+    """Raises ValueError where a run has more steps than it is to have: it would pass for a shorter one."""
+    if trained > config.steps:
+        raise ValueError(f"steps must be at least the {trained} that {config.output} has trained, got {config.steps}")
 
 
 def state_template(config: RunConfig, task: Task, mesh: Mesh) -> TrainState:
@@ -199,7 +214,7 @@ def first_state(config: RunConfig, task: Task, template: TrainState, mesh: Mesh)
 
 def _check_origin(origin: Origin, config: RunConfig) -> None:
     """Raises ValueError where the run that this one starts from is no other, is none, or does not fit."""
-    if origin.output.resolve() == config.output.resolve():
+    if run_folder(origin.output).resolve() == config.output.resolve():
         raise ValueError(f"{origin.argument} must be another folder than output, got {origin.output} for both")
     with open_run(origin.output, argument=origin.argument) as checkpoints:
         configuration = checkpoints.configuration(checkpoints.require_latest())

@@ -9,11 +9,14 @@ import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 from experiments import train_draft
 from experiments.checkpoints import open_run
+from experiments.decoding_run import prompt
 from experiments.metrics import read_metrics
 from experiments.runtime import exit_with
+from experiments.session import finish
 from experiments.train_state import TrainState
 from experiments.training import NonFiniteLossError, state_parts
 from tests.experiments.runs import leaves, tiny_config, train
@@ -148,7 +151,15 @@ def output_kernel(config, step):
     [
         ({"output": "text.txt/below"}, "output must be a folder that can be written"),
         ({"output": "run"}, "output must be a folder without a run, .* add --resume"),
-        ({"resume": True, "output": "nothing"}, "checkpoint must be the output folder of a training run"),
+        ({"resume": True, "output": "nothing"}, "output must be the output folder of a training run"),
+        (
+            {"prompt_length": 9000, "report": True, "overwrite": True},
+            "prompt_length must be at most .* of test text",
+        ),
+        (
+            {"prompt_length": 9000, "sample_every": 1, "overwrite": True},
+            "prompt_length must .* of validation text",
+        ),
         ({"resume": True, "seed": 5}, r"these fields differ.*\n  seed: expected 0, got 5\n"),
         ({"resume": True, "data": "other.txt"}, r"\n  text: expected 'text.txt, SHA"),
         ({"data": "short.txt", "overwrite": True}, "data must have at least sequence_length"),
@@ -182,19 +193,34 @@ def finished(tmp_path_factory):
 
 
 def test_overwrite_replaces_a_run(tmp_path):
-    config = tiny_config(tmp_path, steps=4)
+    config = tiny_config(tmp_path, steps=4, schedule="constant")
     train(config)
     (config.output / "notes.txt").write_text("mine")
     code, _ = train(dataclasses.replace(config, overwrite=True, steps=8))
     assert code == 0
     assert steps_kept(config) == [4, 8]
     assert (config.output / "notes.txt").read_text() == "mine"
+    # Where no schedule depends on the number of steps, a longer run is not taken for a shorter one.
+    message = "steps must be at least the 8 that .*run has trained, got 4"
+    with pytest.raises(ValueError, match=message):
+        train(dataclasses.replace(config, resume=True))
+    with pytest.raises(ValueError, match=message):
+        finish(config, train_draft.task(config), Console(quiet=True))
 
 
-def test_wandb_that_is_not_installed(tmp_path, monkeypatch):
+def test_wandb_that_is_not_installed(finished, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    config = tiny_config(finished, wandb="project", overwrite=True)
     with pytest.raises(ValueError, match="wandb must be installed"):
-        train(tiny_config(tmp_path, wandb="project"))
+        train(config)
+    assert steps_kept(config) == [4]
+
+
+def test_prompts_have_the_length_asked_for():
+    split = np.arange(100, dtype=np.uint8)
+    for length in (1, 2, 7):
+        config = train_draft.TrainDraftConfig(prompt_length=length)
+        assert [prompt(split, config, step).shape for step in (0, 1)] == [(1, length)] * 2
 
 
 @pytest.mark.parametrize(("error", "code"), [(ValueError("bad"), 2), (NonFiniteLossError("nan"), 3)])
