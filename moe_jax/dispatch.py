@@ -40,9 +40,6 @@ class ExpertFunctions(Protocol):
           sent: which token is in each of S rows, and what it is multiplied with.
           sizes: (E,) int32, rows of each expert; or how many every expert has.
         """
-        if not len(sent.gate_s):
-            # Where nobody has room, no expert is asked.
-            return jnp.zeros_like(x_td, jnp.promote_types(x_td.dtype, jnp.float32))
         x_sd = sent.spread(x_td)
         if isinstance(sizes, int):
             y_sd = self.batched(x_sd.reshape(-1, sizes, x_sd.shape[1])).reshape(x_sd.shape)
@@ -86,6 +83,9 @@ def mixture(
     one_of("dispatch", dispatch, DISPATCHES)
     if len(x_td) != len(routing.keep_ta):
         raise ValueError(f"x_td must have the {len(routing.keep_ta)} tokens of the routing, got {len(x_td)}")
+    if routing.capacity == 0:
+        # No expert is asked.
+        return jnp.zeros_like(x_td, routing.gate_ta.dtype)
     weight_ta = dispatch_weight(routing.gate_ta) if straight_through else None
     if dispatch == "dense":
         return _dense(x_td, routing, experts, weight_ta)
