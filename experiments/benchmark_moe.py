@@ -78,20 +78,14 @@ class Config:
     output: pathlib.Path = pathlib.Path("experiments/results/benchmark_moe.json")
 
     def __post_init__(self) -> None:
-        sizes = {
-            **{name: [getattr(self, name)] for name in ("dim", "mixtral_hidden", "repeats")},
-            **{name: getattr(self, name) for name in ("shape", "lengths")},
-            **{name: sum(getattr(self, name), ()) for name in ("shapes", "growing_experts_shapes")},
-        }
         # Two experts are active.
-        experts = {
-            "num_experts": [self.num_experts],
-            **{name: getattr(self, name) for name in ("growing_experts", "mixtral_experts")},
-        }
-        for named, least in ((sizes, 1), (experts, 2)):
-            for name, values in named.items():
-                if not values or min(values) < least:
-                    raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        experts = ("num_experts", "growing_experts", "mixtral_experts")
+        sizes = ("dim", "shapes", "shape", "lengths", "growing_experts_shapes", "mixtral_hidden", "repeats")
+        for name in (*experts, *sizes):
+            least = 2 if name in experts else 1
+            values = np.ravel(getattr(self, name))
+            if not values.size or values.min() < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if len(set(self.lengths)) < 2:
             raise ValueError(f"lengths must be two different ones at least, got {self.lengths}")
 

@@ -33,7 +33,8 @@ from experiments.train_state import (
 from experiments.training import Instruments, Job, restored_state, train
 from moe_jax import param_shardings
 
-THE_SAME = "the same command"
+# What continues a run that `finish` has started.
+SAME_COMMAND = "the same command"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,7 +165,7 @@ def finish(config: RunConfig, task: Task, console: Console) -> int:
     """
     found = newest(config.output)
     if found is None:
-        return run(dataclasses.replace(config, overwrite=True), task, console, go_on=THE_SAME)
+        return run(dataclasses.replace(config, overwrite=True), task, console, go_on=SAME_COMMAND)
     step, configuration = found
     wanted = _configuration(config, task, load_text(config.data))
     if different := differences(configuration, wanted):
@@ -173,7 +174,7 @@ def finish(config: RunConfig, task: Task, console: Console) -> int:
     if step == config.steps:
         console.print(f"{task.kind} in {config.output}: trained already")
         return 0
-    return run(dataclasses.replace(config, resume=True), task, console, go_on=THE_SAME)
+    return run(dataclasses.replace(config, resume=True), task, console, go_on=SAME_COMMAND)
 
 
 def _configuration(config: RunConfig, task: Task, text: Text) -> dict[str, Any]:
@@ -217,17 +218,20 @@ def _check_origin(origin: Origin, config: RunConfig) -> None:
     if run_folder(origin.output).resolve() == config.output.resolve():
         raise ValueError(f"{origin.argument} must be another folder than output, got {origin.output} for both")
     with open_run(origin.output, argument=origin.argument) as checkpoints:
-        configuration = checkpoints.configuration(checkpoints.require_latest())
-    jax.eval_shape(lambda: origin.convert(origin.models_of(configuration)))
+        shapes = _shapes_of_origin(origin, checkpoints)
+    jax.eval_shape(origin.convert, shapes)
+
+
+def _shapes_of_origin(origin: Origin, checkpoints: Checkpoints) -> Models:
+    configuration = checkpoints.configuration(checkpoints.require_latest())
+    return jax.eval_shape(lambda: origin.models_of(configuration))
 
 
 def _models_of_origin(origin: Origin, mesh: Mesh) -> Models:
     with open_run(origin.output) as checkpoints:
-        step = checkpoints.require_latest()
-        configuration = checkpoints.configuration(step)
-        shapes = jax.eval_shape(lambda: origin.models_of(configuration))
+        shapes = _shapes_of_origin(origin, checkpoints)
         template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), shapes)
-        return checkpoints.restore(step, {"models": template})["models"]
+        return checkpoints.restore(checkpoints.require_latest(), {"models": template})["models"]
 
 
 def _train(job: Job, task: Task, console: Console, stop: StopRequest) -> TrainState:

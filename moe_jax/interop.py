@@ -144,7 +144,8 @@ class _Weights:
 
     def into(self, param: nnx.Param | None, *names: str, stacked: bool = False) -> None:
         """Copies the named arrays, matrices transposed to (in, out), into a parameter."""
-        assert param is not None, "layers of `config_from_torch` have every bias"
+        if param is None:
+            raise ValueError(f"{names[0]} has no parameter to go to")
         shape = param.shape[:0:-1] if stacked else param.shape[::-1]
         arrays = [self.take(name) for name in names]
         for name, array in zip(names, arrays):
