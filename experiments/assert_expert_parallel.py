@@ -24,6 +24,7 @@ from jax.sharding import AxisType, Mesh
 from rich.console import Console
 from rich.table import Table
 
+from experiments.checks import at_least
 from experiments.runtime import exit_with
 from moe_jax import MoE, MoEConfig, MoEOutput, TopN
 from moe_jax.dispatch import Dispatch
@@ -72,10 +73,7 @@ class AssertConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("devices", "data", "expert", "batch", "length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        at_least(1, self, "devices", "data", "expert", "batch", "length")
 
     def layer(self) -> MoEConfig:
         """The layer's configuration, noise and random second choices included."""

@@ -25,6 +25,7 @@ from rich.table import Table
 
 import spec_jax
 from experiments import torch_reference
+from experiments.checks import at_least
 from experiments.measure import alternate, leviathan_speedup, measure_costs
 from experiments.output import make_folder_of
 from experiments.report import machine
@@ -61,6 +62,11 @@ class Config:
     repeats: int = 5
     with_torch: bool | None = None
     output: pathlib.Path = pathlib.Path("runs/benchmark_decoding.json")
+
+    def __post_init__(self) -> None:
+        at_least(
+            1, self, "dim", "depth", "draft_depth", "prompt_length", "max_new_tokens", "batches", "gamma", "repeats"
+        )
 
 
 # The original's defaults: temperature 1, the 10 % most probable tokens.

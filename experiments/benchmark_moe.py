@@ -27,6 +27,7 @@ from rich.table import Table
 
 import moe_jax
 from experiments import mesh_costs, moe_programs, moe_reference
+from experiments.checks import at_least
 from experiments.measure import alternate
 from experiments.output import make_folder_of
 from experiments.peak_memory import peak_memory
@@ -79,13 +80,8 @@ class Config:
 
     def __post_init__(self) -> None:
         # Two experts are active.
-        experts = ("num_experts", "growing_experts", "mixtral_experts")
-        sizes = ("dim", "shapes", "shape", "lengths", "growing_experts_shapes", "mixtral_hidden", "repeats")
-        for name in (*experts, *sizes):
-            least = 2 if name in experts else 1
-            values = np.ravel(getattr(self, name))
-            if not values.size or values.min() < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        at_least(2, self, "num_experts", "growing_experts", "mixtral_experts")
+        at_least(1, self, "dim", "shapes", "shape", "lengths", "growing_experts_shapes", "mixtral_hidden", "repeats")
         if len(set(self.lengths)) < 2:
             raise ValueError(f"lengths must be two different ones at least, got {self.lengths}")
 

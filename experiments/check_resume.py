@@ -26,6 +26,7 @@ from rich.console import Console
 
 from experiments import train_draft
 from experiments.checkpoints import open_run
+from experiments.checks import at_least
 from experiments.metrics import FILE as METRICS
 from experiments.metrics import read_metrics
 from experiments.runtime import exit_with
@@ -56,9 +57,7 @@ class CheckConfig:
     folder: pathlib.Path | None = None
 
     def __post_init__(self) -> None:
-        for name in ("runs", "kills", "steps"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        at_least(1, self, "runs", "kills", "steps")
 
 
 def tiny_config(output: pathlib.Path, steps: int) -> train_draft.TrainDraftConfig:

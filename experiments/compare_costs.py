@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 import spec_jax
+from experiments.checks import at_least
 from experiments.measure import measure_costs
 from experiments.output import make_folder_of
 from experiments.report import machine
@@ -52,10 +53,7 @@ class CostConfig:
     output: pathlib.Path = pathlib.Path("runs/costs.json")
 
     def __post_init__(self) -> None:
-        if not self.gammas or min(self.gammas) < 1:
-            raise ValueError(f"gammas must be at least 1 each, got {self.gammas}")
-        if self.repeats < 1:
-            raise ValueError(f"repeats must be at least 1, got {self.repeats}")
+        at_least(1, self, "gammas", "prompt_length", "max_new_tokens", "repeats")
         if not 1 <= self.draft_depth < self.depth:
             raise ValueError(f"draft_depth must be in [1, depth = {self.depth}), got {self.draft_depth}")
 

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import train_moe
+from experiments.checks import at_least
 from experiments.expert_decoder import forward, num_parameters, sum_of
 from experiments.figures import Panel, save_panels
 from experiments.flops import counted_flops
@@ -69,9 +70,7 @@ class CompareConfig:
             raise ValueError("variants must have at least one name, got ()")
         if unknown := [name for name in self.variants if name not in known]:
             raise ValueError(f"variants must be of {', '.join(known)}, got {unknown[0]!r}")
-        for name in ("steps", "batch_size", "seeds"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        at_least(1, self, "steps", "batch_size", "seeds")
 
     def run(self, variant: str, seed: int) -> TrainMoEConfig:
         """Configuration of one run."""

@@ -23,6 +23,7 @@ from rich.table import Table
 
 import spec_jax
 from experiments import search_layer_skip, train_draft, train_early_exit, train_prophet
+from experiments.checks import at_least
 from experiments.data import load_text, validation_batches
 from experiments.decoding_run import DecodingRunConfig
 from experiments.figures import Panel, save_panels
@@ -71,17 +72,8 @@ class CompareConfig:
     def __post_init__(self) -> None:
         if self.preset not in train_draft.PRESETS:
             raise ValueError(f"preset must be one of {', '.join(train_draft.PRESETS)}, got {self.preset!r}")
-        for name in ("gammas", "batches", "temperatures"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} must have at least one value, got ()")
-        for name, least in (("gammas", 1), ("batches", 1), ("temperatures", 0)):
-            if min(values := getattr(self, name)) < least:
-                raise ValueError(f"{name} must be at least {least}, got {values}")
-        for name in ("repeats", "generate_length"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        at_least(1, self, "steps", "gammas", "batches", "repeats", "generate_length")
+        at_least(0, self, "temperatures")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,12 +118,19 @@ def train_all(config: CompareConfig, console: Console) -> DecodingRunConfig:
 
 
 def prompts_of(split: np.ndarray, kind: str, *, count: int, length: int) -> np.ndarray:
-    """(count, length) pieces of text that look most like prose or most like code, spread over the split."""
+    """(count, length) pieces of text that look most like prose or most like code, spread over the split.
+
+    Raises:
+      ValueError: the split has not as many.
+    """
     starts = np.arange(0, len(split) - length, max(length, (len(split) - length) // 4096))
     share = np.array([PROSE[split[start : start + length]].mean() for start in starts])
     order = np.argsort(share if kind == "code" else -share, kind="stable")
     # The hundredth part at the far end holds tables and rulers, which are neither.
-    chosen = starts[np.sort(order[len(order) // 100 :][:count])]
+    order = order[len(order) // 100 :]
+    if count > len(order):
+        raise ValueError(f"repeats · batches must be at most {len(order)}, the pieces of test text, got {count}")
+    chosen = starts[np.sort(order[:count])]
     return np.stack([split[start : start + length] for start in chosen]).astype(np.int32)
 
 
@@ -293,6 +292,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     require_one_process()
     console = Console()
     use_compilation_cache()
+    _, run = train_draft.PRESETS[config.preset]
+    # Before anything is trained: raises where there are too few.
+    prompts_of(load_text(run.data).test, "code", count=config.repeats * max(config.batches), length=run.prompt_length)
     make_folder(config.output)
     shared = train_all(config, console)
     rows = measure_all(config, shared, console)

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import optax
 
+from experiments.checks import at_least
+
 # A run may be resumed with other values of these: they change what is kept or shown, or who computes it, not what is
 # learnt. `data` is a place; that a file of the same name and bytes is there is checked by their digest.
 MAY_CHANGE = frozenset(
@@ -90,16 +92,11 @@ class RunConfig:
     fsdp: bool = False
 
     def __post_init__(self) -> None:
-        at_least_one = (
-            "steps", "batch_size", "accumulation", "sequence_length", "log_every", "validate_every",
+        at_least(
+            1, self, "steps", "batch_size", "accumulation", "sequence_length", "log_every", "validate_every",
             "validation_batches", "checkpoint_every", "keep_checkpoints", "join_timeout", "expert_parallel",
         )  # fmt: skip
-        for name in at_least_one:
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        for name in ("seed", "sample_every", "warmup_steps"):
-            if (value := getattr(self, name)) < 0:
-                raise ValueError(f"{name} must be at least 0, got {value}")
+        at_least(0, self, "seed", "sample_every", "warmup_steps")
         for name in ("learning_rate", "clip_norm"):
             if not (value := getattr(self, name)) > 0:
                 raise ValueError(f"{name} must be above 0, got {value}")

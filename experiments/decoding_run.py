@@ -12,6 +12,7 @@ import numpy as np
 from rich.console import Console
 
 import spec_jax
+from experiments.checks import at_least
 from experiments.config import RunConfig
 from experiments.data import Text, batch_at
 from experiments.measure import measure_decoding
@@ -49,11 +50,8 @@ class DecodingRunConfig(RunConfig):
         super().__post_init__()
         if self.target.vocab_size < 256:
             raise ValueError(f"target.vocab_size must hold all 256 bytes, got {self.target.vocab_size}")
-        for name in ("prompt_length", "generate_length", "report_repeats"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.gamma < 0:
-            raise ValueError(f"gamma must be at least 0, got {self.gamma}")
+        at_least(1, self, "prompt_length", "generate_length", "report_repeats")
+        at_least(0, self, "gamma")
         # Not `sampling.checked()`: it makes arrays, and no array may be made before `jax.distributed` starts.
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be a finite number >= 0, got {self.temperature}")

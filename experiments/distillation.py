@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 import spec_jax
+from experiments.checks import at_least
 from spec_jax import checks, loop
 from spec_jax.drafters.plain import Plain
 
@@ -31,10 +32,8 @@ class DistillationConfig:
     prompt_length: int = 64
 
     def __post_init__(self) -> None:
-        if not self.weight >= 0:
-            raise ValueError(f"distillation.weight must be at least 0, got {self.weight}")
-        if self.prompt_length < 1:
-            raise ValueError(f"distillation.prompt_length must be at least 1, got {self.prompt_length}")
+        at_least(0, self, "weight", prefix="distillation.")
+        at_least(1, self, "prompt_length", prefix="distillation.")
         if self.own_samples and not self.weight:
             raise ValueError("distillation.own_samples must come with a distillation.weight above 0, got 0")
 

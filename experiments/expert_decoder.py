@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from experiments.checks import at_least
 from moe_jax import FeedForward, MoE, MoEConfig, MoEOutput, RMSNorm, SparseMoEBlock, TopN, param_shardings
 from spec_jax import Decoder, DecoderConfig
 from spec_jax.layers import FeedForward as DecoderFeedForward
@@ -60,8 +61,7 @@ class ExpertsConfig:
     add_ff_after: bool = True
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ValueError(f"experts.every must be at least 1, got {self.every}")
+        at_least(1, self, "every", prefix="experts.")
         if self.kind not in get_args(Kind):
             raise ValueError(f"experts.kind must be one of {', '.join(get_args(Kind))}, got {self.kind!r}")
         try:

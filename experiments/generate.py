@@ -19,6 +19,7 @@ from rich.console import Console
 import spec_jax
 from experiments import train_draft, train_early_exit, train_moe, train_prophet
 from experiments.checkpoints import open_run
+from experiments.checks import at_least
 from experiments.decoding_run import Strategy
 from experiments.output import LAYER_SKIP_FILE
 from experiments.runtime import exit_with, use_compilation_cache
@@ -40,11 +41,13 @@ class LoadedRun:
 
     Attributes:
       folder: its output folder.
+      configuration: what it was trained with.
       models: by name.
       strategy: how the run decodes.
     """
 
     folder: pathlib.Path
+    configuration: dict[str, Any]
     models: Models
     strategy: Strategy
 
@@ -118,10 +121,7 @@ class GenerateConfig:
             raise ValueError("prompt must have at least one byte, got ''")
         if self.drafter not in get_args(DrafterName):
             raise ValueError(f"drafter must be one of {', '.join(get_args(DrafterName))}, got {self.drafter!r}")
-        if self.max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens must be at least 0, got {self.max_new_tokens}")
-        if self.gamma is not None and self.gamma < 0:
-            raise ValueError(f"gamma must be at least 0, got {self.gamma}")
+        at_least(0, self, "max_new_tokens", "gamma")
         self.sampling.checked()
 
     @property
@@ -149,7 +149,8 @@ def load_run(run: pathlib.Path, step: int | None = None) -> LoadedRun:
         shapes = jax.eval_shape(lambda: models_of(configuration))
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
-        return LoadedRun(run, checkpoints.restore(step, {"models": template})["models"], strategy)
+        models = checkpoints.restore(step, {"models": template})["models"]
+        return LoadedRun(run, configuration, models, strategy)
 
 
 def generate(config: GenerateConfig, console: Console) -> int:

@@ -24,6 +24,8 @@ from contextlib import suppress
 
 import tyro
 
+from experiments.checks import at_least
+
 # Where `runtime.start_processes` finds the other processes. JAX reads the first of these itself.
 COORDINATOR = "JAX_COORDINATOR_ADDRESS"
 PROCESSES = "JAX_NUM_PROCESSES"
@@ -50,9 +52,7 @@ class LaunchConfig:
     devices_per_process: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("processes", "devices_per_process"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        at_least(1, self, "processes", "devices_per_process")
 
 
 def environments(config: LaunchConfig, environment: Mapping[str, str]) -> list[dict[str, str]]:

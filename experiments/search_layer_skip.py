@@ -26,6 +26,7 @@ from rich.table import Table
 
 import spec_jax
 from experiments.checkpoints import run_folder
+from experiments.checks import at_least
 from experiments.data import load_text, validation_batches
 from experiments.generate import load_run
 from experiments.measure import leviathan_speedup
@@ -40,7 +41,7 @@ class SearchConfig:
 
     Attributes:
       checkpoint: output folder of a training run.
-      data: text to search on, as in training.
+      data: text to search on, as in training; None is the run's.
       batches: validation batches that the acceptance is measured on.
       batch_size: sequences of each.
       sequence_length: tokens of each sequence.
@@ -49,7 +50,7 @@ class SearchConfig:
     """
 
     checkpoint: pathlib.Path
-    data: str = "stdlib"
+    data: str | None = None
     batches: int = 2
     batch_size: int = 8
     sequence_length: int = 128
@@ -57,11 +58,7 @@ class SearchConfig:
     scoring_cost: float = 1.8
 
     def __post_init__(self) -> None:
-        for name in ("batches", "batch_size", "sequence_length", "max_gamma"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if not self.scoring_cost >= 1:
-            raise ValueError(f"scoring_cost must be at least 1, got {self.scoring_cost}")
+        at_least(1, self, "batches", "batch_size", "sequence_length", "max_gamma", "scoring_cost")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,8 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = tyro.cli(SearchConfig, args=arguments, description=__doc__)
     console = Console()
     use_compilation_cache()
-    target = load_run(config.checkpoint).target
-    text = load_text(config.data)
+    run = load_run(config.checkpoint)
+    text = load_text(run.configuration["data"] if config.data is None else config.data)
     text.check(config.sequence_length)
     batches = list(
         validation_batches(
@@ -171,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             max_batches=config.batches,
         )
     )
-    way = search(target, batches, max_gamma=config.max_gamma, scoring_cost=config.scoring_cost)
+    way = search(run.target, batches, max_gamma=config.max_gamma, scoring_cost=config.scoring_cost)
     best = max(way, key=lambda found: found.speedup)
     table = Table("attention skipped", "feed-forward skipped", "accepted", "c", "γ", "predicted")
     for found in way:

@@ -19,6 +19,7 @@ from flax import nnx
 
 import spec_jax
 from experiments import train_draft
+from experiments.checks import at_least
 from experiments.decoding_run import DecodingRunConfig, Strategy, decoding_task, shared_fields
 from experiments.distillation import DistillationConfig, key_of, own_samples
 from experiments.runtime import exit_with
@@ -51,8 +52,7 @@ class TrainEarlyExitConfig(DecodingRunConfig):
         super().__post_init__()
         if self.target.early_exit_layer is None:
             raise ValueError("target.early_exit_layer must be a layer, got None")
-        if not self.early_exit_loss_weight >= 0:
-            raise ValueError(f"early_exit_loss_weight must be at least 0, got {self.early_exit_loss_weight}")
+        at_least(0, self, "early_exit_loss_weight")
         self.distillation.check(self.sequence_length)
 
 

@@ -19,6 +19,7 @@ from flax import nnx
 
 import spec_jax
 from experiments import train_draft
+from experiments.checks import at_least
 from experiments.decoding_run import DecodingRunConfig, Strategy, decoding_task, shared_fields
 from experiments.distillation import DistillationConfig, own_samples
 from experiments.runtime import exit_with
@@ -62,8 +63,7 @@ class TrainProphetConfig(DecodingRunConfig):
                 "target.vocab_size and prophet.vocab_size must be the same, "
                 f"got {self.target.vocab_size} and {self.prophet.vocab_size}"
             )
-        if not self.prophet_loss_weight >= 0:
-            raise ValueError(f"prophet_loss_weight must be at least 0, got {self.prophet_loss_weight}")
+        at_least(0, self, "prophet_loss_weight")
         if not 1 <= self.num_leading_start_tokens < self.prophet_train_length <= self.sequence_length + 1:
             raise ValueError(
                 "prophet_train_length must be above num_leading_start_tokens and at most sequence_length + 1, got "

@@ -79,7 +79,7 @@ def test_meshes_refused(tmp_path: pathlib.Path, mesh: tuple[str, ...], message: 
     [
         ({"repeats": 0}, "repeats must be at least 1, got 0"),
         ({"shapes": ((4, 0),)}, r"shapes must be at least 1, got \(\(4, 0\),\)"),
-        ({"growing_experts": ()}, r"growing_experts must be at least 2, got \(\)"),
+        ({"growing_experts": ()}, r"growing_experts must have at least one value, got \(\)"),
         ({"num_experts": 1}, "num_experts must be at least 2, got 1"),
         ({"lengths": (16, 16)}, "lengths must be two different ones at least"),
     ],

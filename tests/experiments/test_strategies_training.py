@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.console import Console
 
 import spec_jax
 from experiments import (
+    benchmark_decoding,
     compare_costs,
     compare_prophet_training,
     compare_strategies,
@@ -23,6 +25,7 @@ from experiments import (
     train_early_exit,
     train_prophet,
 )
+from experiments.data import load_text
 from experiments.decoding_run import shared_fields
 from experiments.distillation import DistillationConfig, key_of, own_samples
 from experiments.generate import GenerateConfig, generate, load_run
@@ -140,11 +143,14 @@ def test_layer_search():
     assert [found.draft_cost for found in way] == sorted((found.draft_cost for found in way), reverse=True)
 
 
-def test_layer_search_is_found_by_generate(tmp_path, capsys):
+def test_layer_search_is_found_by_generate(tmp_path, capsys, monkeypatch: pytest.MonkeyPatch):
+    """The search is on the run's text, and writes what `generate` reads."""
+    searched = []
+    monkeypatch.setattr(search_layer_skip, "load_text", lambda data: searched.append(data) or load_text(data))
     config = tiny_config(tmp_path, steps=4, report=False, sample_every=0)
     train(config)
-    arguments = ["--checkpoint", str(config.output), "--data", config.data, "--sequence-length", "16"]
-    assert search_layer_skip.main(arguments) == 0
+    assert search_layer_skip.main(["--checkpoint", str(config.output), "--sequence-length", "16"]) == 0
+    assert searched == [config.data]
     best = json.loads((config.output / "layer_skip.json").read_text())["best"]
     for gamma in (None, 3):
         drafter = load_run(config.output).drafter("layer-skip", gamma)
@@ -241,8 +247,10 @@ def test_the_target_does_not_depend_on_the_prophet():
         ),
         (lambda: compare_strategies.CompareConfig(gammas=(0, 1)), "gammas must be at least 1, got"),
         (lambda: compare_strategies.CompareConfig(repeats=0), "repeats must be at least 1, got 0"),
+        (lambda: compare_strategies.CompareConfig(temperatures=(math.nan,)), "temperatures must be at least 0, got"),
+        (lambda: compare_strategies.main(["--batches", "5000"]), "repeats · batches must be at most .*, got 15000"),
         (lambda: compare_strategies.CompareConfig(steps=0), "steps must be at least 1, got 0"),
-        (lambda: compare_costs.CostConfig(gammas=(0,)), "gammas must be at least 1 each"),
+        (lambda: compare_costs.CostConfig(gammas=(0,)), "gammas must be at least 1, got"),
         (lambda: compare_costs.CostConfig(draft_depth=6), "draft_depth must be in .1, depth = 6., got 6"),
         (lambda: DistillationConfig(prompt_length=0), "distillation.prompt_length must be at least 1, got 0"),
         (lambda: compare_strategies.CompareConfig(preset="gpu"), "preset must be one of cpu, enwik8, got 'gpu'"),
@@ -250,6 +258,7 @@ def test_the_target_does_not_depend_on_the_prophet():
         (lambda: compare_prophet_training.CompareConfig(seeds=1), "seeds must be at least 2, got 1"),
         (lambda: compare_prophet_training.CompareConfig(dim=48), "dim must be at least 64, .* got 48"),
         (lambda: compare_costs.CostConfig(repeats=0), "repeats must be at least 1, got 0"),
+        (lambda: benchmark_decoding.Config(batches=(1, 0)), "batches must be at least 1, got .1, 0."),
         (
             lambda: compare_costs.main(["--output", str(pathlib.Path(__file__).parent)]),
             "output must be a file, got the folder",

@@ -1,0 +1,26 @@
+"""Numbers of a configuration that are too small, in words that name them."""
+
+from typing import Any
+
+import numpy as np
+
+
+def at_least(least: float, config: Any, *names: str, prefix: str = "") -> None:
+    """Raises ValueError when a field is smaller, or one of the numbers in it. What is None may be left out.
+
+    Args:
+      least: the smallest number allowed.
+      config: whose fields.
+      *names: fields, each a number, or numbers of which there must be one.
+      prefix: what the user's name of a field begins with.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if value is None:
+            continue
+        numbers = np.ravel(value)
+        if not numbers.size:
+            raise ValueError(f"{prefix}{name} must have at least one value, got {value}")
+        # NaN is not smaller.
+        if not numbers.min() >= least:
+            raise ValueError(f"{prefix}{name} must be at least {least}, got {value}")
