@@ -81,7 +81,8 @@ def moe_from_torch(state_dict: StateDict, **args: Any) -> MoE:
     """An `MoE` with the weights of an st-moe-pytorch `MoE`.
 
     Args:
-      state_dict: its state dict, of arrays or CPU tensors. Thresholds in it are not read: they are configuration.
+      state_dict: its state dict, of arrays or of CPU tensors that NumPy has the dtype of (of bfloat16: `.float()`
+        first). Thresholds in it are not read: they are configuration.
       **args: of `config_from_torch`: the original's constructor arguments.
 
     Raises:
@@ -100,7 +101,7 @@ def block_from_torch(
     """A `SparseMoEBlock` with the weights of an st-moe-pytorch `SparseMoEBlock`.
 
     Args:
-      state_dict: its state dict, of arrays or CPU tensors.
+      state_dict: its state dict, as in `moe_from_torch`.
       add_ff_before: as in the original's constructor.
       add_ff_after: as in the original's constructor.
       **args: of `config_from_torch`: the constructor arguments of the original's `MoE`.

@@ -186,6 +186,23 @@ def test_short_groups(dim: int, size: int, recompute: bool, short: bool):
     assert_trees_close(got, answers(by_rows, inputs, bar_td, stacked), relative=1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "relative"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2 * 2.0**-7)])
+def test_short_groups_batched(dtype: Any, relative: float):
+    """Under `jax.vmap`, over rows and weights, each entry is as alone."""
+    wide = weights(64, 16)
+    two = jax.tree.map(lambda weight: jnp.stack([weight, -0.5 * weight]), wide)
+    x_bsd, bar_bsd = (hidden_states(2, 32, 64, seed=seed) for seed in (0, 3))
+    wanted = [
+        answers(partial(row_by_row, group_s=jnp.repeat(jnp.arange(4), 8)), x_bsd[b], bar_bsd[b], of_entry)
+        for b, of_entry in enumerate((wide, jax.tree.map(lambda weight: -0.5 * weight, wide)))
+    ]
+    by_groups = partial(answers, partial(by_group, LAYERS, sizes_e=None))
+    operands = jax.tree.map(lambda leaf: leaf.astype(dtype), (x_bsd, bar_bsd, two))
+    got = jax.jit(jax.vmap(by_groups))(*operands)
+    assert {leaf.dtype for leaf in jax.tree.leaves(got)} == {jnp.dtype(dtype)}
+    assert_trees_close(got, jax.tree.map(lambda *entries: jnp.stack(entries), *wanted), relative=relative)
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(
     ("rows", "sizes"), [(40, [7, 0, 20, 11]), (40, None), (16, None)], ids=["sorted", "equal", "in place of a gradient"]
