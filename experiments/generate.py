@@ -18,7 +18,7 @@ from rich.console import Console
 
 import spec_jax
 from experiments import train_draft, train_early_exit, train_moe, train_prophet
-from experiments.checkpoints import open_run
+from experiments.checkpoints import open_run, run_folder
 from experiments.checks import at_least
 from experiments.decoding_run import Strategy
 from experiments.output import LAYER_SKIP_FILE
@@ -150,7 +150,7 @@ def load_run(run: pathlib.Path, step: int | None = None) -> LoadedRun:
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
         models = checkpoints.restore(step, {"models": template})["models"]
-        return LoadedRun(run, configuration, models, strategy)
+        return LoadedRun(run_folder(run), configuration, models, strategy)
 
 
 def generate(config: GenerateConfig, console: Console) -> int:

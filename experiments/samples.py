@@ -64,9 +64,8 @@ def _printable(character: str) -> str:
     return "\ufffd" if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") else character
 
 
-def decoded_text(rounds: Iterable[spec_jax.StreamedRound], *, drafting: bool) -> Iterator[Text]:
-    """The coloured text that each round of a one-row stream adds."""
-    characters = ByteText()
+def decoded_text(rounds: Iterable[spec_jax.StreamedRound], characters: ByteText, *, drafting: bool) -> Iterator[Text]:
+    """The coloured text that each round of a one-row stream adds to what `characters` has had."""
     for streamed in rounds:
         tokens, drafted = streamed.row(0)
         # In plain decoding every token is the target's, and colour would say nothing.
@@ -106,9 +105,10 @@ def print_stream(
             yield streamed
 
     stream = spec_jax.stream(target, drafter, np.asarray([list(prompt)]), **options)
+    characters = ByteText()
     texts = itertools.chain(
-        (ByteText().feed(prompt, [PROMPT_STYLE] * len(prompt)),),
-        decoded_text(counted(stream), drafting=drafter is not None),
+        (characters.feed(prompt, [PROMPT_STYLE] * len(prompt)),),
+        decoded_text(counted(stream), characters, drafting=drafter is not None),
     )
     for text in (Text().join(texts),) if at_once else texts:
         console.print(text, end="", soft_wrap=True)

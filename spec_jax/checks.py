@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
 from spec_jax.drafters.base import Drafter, LanguageModel
+from spec_jax.sampling import Sampling
 from spec_jax.verification import Verification
 
 
@@ -66,11 +69,35 @@ def checked_drafter(target: LanguageModel, drafter: Drafter, verification: str, 
         raise ValueError(f"verification must be one of {names}, got {verification!r}") from None
     if isinstance(lenience, jax.Array) and lenience.ndim == 0:
         lenience = lenience.item()
-    if isinstance(lenience, bool) or not isinstance(lenience, float | int | np.number) or not 0 < lenience <= 1:
+    kind = float | int | np.number
+    # As a float32, which the smallest float64s are 0 in.
+    if isinstance(lenience, bool) or not isinstance(lenience, kind) or not 0 < np.float32(lenience) <= 1:
         raise ValueError(f"lenience must be in (0, 1], got {lenience!r}")
     if lenience != 1 and rule != Verification.REJECTION:
         raise ValueError(f"lenience must be 1 for verification {str(rule)!r}: only 'rejection' has it; got {lenience}")
     return rule
+
+
+def checked_vocab_size(name: str, model: Any) -> int:
+    """The model's number of tokens.
+
+    Raises:
+      ValueError: it is no model.
+    """
+    if not callable(model) or not _is_integer(vocab_size := getattr(model, "vocab_size", None)):
+        raise ValueError(f"{name} must be a model, such as a spec_jax.Decoder, got {model!r}")
+    return vocab_size
+
+
+def checked_sampling(sampling: Any) -> Sampling:
+    """The same with float32 scalars.
+
+    Raises:
+      ValueError: it is none, or has a value outside its range.
+    """
+    if not isinstance(sampling, Sampling):
+        raise ValueError(f"sampling must be a spec_jax.Sampling, got {sampling!r}")
+    return sampling.checked()
 
 
 def checked_row_ids(row_ids: ArrayLike | None, batch: int) -> jax.Array:
@@ -118,7 +145,7 @@ def checked_token(name: str, token: int, vocab_size: int) -> jax.Array:
       ValueError: not an integer, or outside the vocabulary.
     """
     if not _is_integer(token) or not 0 <= token < vocab_size:
-        raise ValueError(f"{name} must be a token in [0, {vocab_size}), got {token}")
+        raise ValueError(f"{name} must be a token in [0, {vocab_size}), got {token!r}")
     return jnp.int32(token)
 
 

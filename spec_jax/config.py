@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import math
+import numbers
+from typing import Any, Literal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,8 +48,11 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "depth", "heads", "dim_head", "ff_mult", "num_kv_heads"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name.removeprefix('num_')} must be at least 1, got {value}")
+            _check_whole(name.removeprefix("num_"), getattr(self, name), 1)
+        if not 0 < self.rotary_base < math.inf:
+            raise ValueError(f"rotary_base must be a finite number above 0, got {self.rotary_base}")
+        if not 0 <= self.norm_epsilon < math.inf:
+            raise ValueError(f"norm_epsilon must be a finite number >= 0, got {self.norm_epsilon}")
         if self.dim_head % 2:
             raise ValueError(f"dim_head must be even for rotary embeddings, got {self.dim_head}")
         if self.heads % self.num_kv_heads:
@@ -57,8 +62,7 @@ class DecoderConfig:
         if self.early_exit_layer is not None and not 1 <= self.early_exit_layer < self.depth:
             raise ValueError(f"early_exit_layer must be in [1, depth = {self.depth}), got {self.early_exit_layer}")
         for name in ("early_exit_extra_blocks", "early_exit_recycling"):
-            if (value := getattr(self, name)) < 0:
-                raise ValueError(f"{name} must be at least 0, got {value}")
+            _check_whole(name, getattr(self, name), 0)
         if self.early_exit_layer is None:
             for name in ("early_exit_extra_blocks", "detach_early_exit_hiddens", "early_exit_recycling"):
                 if value := getattr(self, name):
@@ -68,3 +72,10 @@ class DecoderConfig:
     def num_kv_heads(self) -> int:
         """Key-value heads, with the default resolved."""
         return self.heads if self.kv_heads is None else self.kv_heads
+
+
+def _check_whole(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise ValueError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")

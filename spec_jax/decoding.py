@@ -210,7 +210,7 @@ def _prepare(
     cache_size: int | None,
 ) -> _Prepared:
     """Checks the arguments and pads the prompt to its bucket."""
-    vocab_size = target.vocab_size
+    vocab_size = checks.checked_vocab_size("target", target)
     rule = checks.checked_drafter(target, drafter, verification, lenience)
     prompt_bp, prompt_length_b = checks.checked_prompt(prompt, prompt_length, vocab_size)
     batch, width = prompt_bp.shape
@@ -220,7 +220,7 @@ def _prepare(
     request = loop.Request(
         key=checks.checked_key(key),
         row_ids_b=checks.checked_row_ids(row_ids, batch),
-        sampling=sampling.checked(),
+        sampling=checks.checked_sampling(sampling),
         lenience=jnp.float32(lenience),
         eos_id=jnp.int32(-1) if eos_id is None else checks.checked_token("eos_id", eos_id, vocab_size),
         pad_id=checks.checked_pad(pad_id),

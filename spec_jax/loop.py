@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from spec_jax.drafters.base import Drafter, LanguageModel, Sequence
-from spec_jax.noise import Purpose, position_gumbel, round_noise
+from spec_jax.noise import Purpose, gumbel, position_gumbel, round_noise
 from spec_jax.result import DecodeResult, DecodeStats
 from spec_jax.sampling import Sampling, draw, filtered_log_probs
 from spec_jax.sharding import over_rows
@@ -123,9 +123,7 @@ def decode_round(
     choose = _chooser(request, sequence, drafter.gamma, target.vocab_size, position_noise_btv)
     cache = state.target_cache.with_length(sequence.length_b - 1)
     proposal = drafter.propose(target, sequence, cache, state.drafter_state, choose)
-    # Finished rows draft nothing: a strategy that scores less where no row has drafted does not wait for them.
-    count_b = jnp.where(state.done_b, 0, proposal.draft.count_b)
-    proposal = dataclasses.replace(proposal, draft=dataclasses.replace(proposal.draft, count_b=count_b))
+    proposal = dataclasses.replace(proposal, draft=_usable(proposal.draft, state.done_b))
     window_bt = jnp.concatenate((sequence.last_b1, proposal.draft.tokens_bj), axis=1)
     scored = drafter.score(target, proposal, window_bt)
     target_log_probs_btv = filtered_log_probs(scored.logits, request.sampling)
@@ -182,7 +180,7 @@ def _chooser(request: Request, sequence: Sequence, gamma: int, vocab_size: int, 
             request.row_ids_b,
             sequence.length_b,
             (gamma, vocab_size),
-            jax.random.gumbel,
+            gumbel,
         )
     else:
         noise_bjv = position_noise_btv
@@ -192,6 +190,16 @@ def _chooser(request: Request, sequence: Sequence, gamma: int, vocab_size: int, 
         return draw(log_probs_bv, noise_bjv[:, offset]), log_probs_bv
 
     return choose
+
+
+def _usable(draft: Draft, done_b: jax.Array) -> Draft:
+    """The draft without what follows a distribution that is none: NaN, as logits give that are all −inf or overflow.
+
+    Finished rows draft nothing: a strategy that scores less where no row has drafted does not wait for them.
+    """
+    real_bj = ~jnp.isnan(draft.log_probs_bjv).any(axis=-1)
+    real_b = jnp.cumprod(real_bj.astype(jnp.int32), axis=1).sum(axis=1)
+    return dataclasses.replace(draft, count_b=jnp.where(done_b, 0, jnp.minimum(draft.count_b, real_b)))
 
 
 def _verify(
@@ -206,7 +214,7 @@ def _verify(
     gamma, vocab_size = draft.log_probs_bjv.shape[1:]
     place = (request.row_ids_b, sequence.length_b)
     uniform_bj = round_noise(request.key, Purpose.ACCEPTANCE, *place, (gamma,), jax.random.uniform)
-    gumbel_bv = round_noise(request.key, Purpose.RESIDUAL, *place, (vocab_size,), jax.random.gumbel)
+    gumbel_bv = round_noise(request.key, Purpose.RESIDUAL, *place, (vocab_size,), gumbel)
     if request.verification == Verification.BLOCK:
         return block(draft, target_log_probs_btv, uniform_bj, gumbel_bv)
     return rejection(draft, target_log_probs_btv, uniform_bj, gumbel_bv, lenience=request.lenience)

@@ -70,7 +70,9 @@ def distillation_loss(draft_logits_btv: jax.Array, target_logits_btv: jax.Array)
         )
     target_log_probs_btv = jax.nn.log_softmax(jax.lax.stop_gradient(target_logits_btv).astype(jnp.float32), axis=-1)
     draft_log_probs_btv = jax.nn.log_softmax(draft_logits_btv.astype(jnp.float32), axis=-1)
-    difference_btv = target_log_probs_btv - draft_log_probs_btv
+    # What is impossible adds nothing, however impossible it is to the draft.
+    possible_btv = target_log_probs_btv != -jnp.inf
+    difference_btv = jnp.where(possible_btv, target_log_probs_btv - draft_log_probs_btv, 0.0)
     return (jnp.exp(target_log_probs_btv) * difference_btv).sum(-1).mean()
 
 

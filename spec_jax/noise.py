@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+
+# Of 23 random bits, as by default, the largest of a million numbers is there twice in one draw of 17, and the token
+# that comes first would win.
+gumbel = partial(jax.random.gumbel, mode="high")
 
 
 class Purpose(enum.IntEnum):
@@ -27,7 +32,7 @@ def position_gumbel(key: jax.Array, row_ids_b: jax.Array, position_bt: jax.Array
 
     def one_position(row_id: jax.Array, position: jax.Array) -> jax.Array:
         position_key = jax.random.fold_in(_row_key(key, Purpose.POSITION, row_id), position)
-        return jax.random.gumbel(position_key, (vocab_size,), jnp.float32)
+        return gumbel(position_key, (vocab_size,), jnp.float32)
 
     return jax.vmap(jax.vmap(one_position, (None, 0)))(row_ids_b, position_bt)
 

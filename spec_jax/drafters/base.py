@@ -35,7 +35,7 @@ class Output(Protocol):
 
     @property
     def logits(self) -> jax.Array:
-        """(B, T, V)."""
+        """(B, T, V). A target's must not be NaN, +inf or all −inf; where a draft's are, nothing is drafted."""
         ...
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from flax import struct
@@ -30,7 +31,9 @@ class LayerSkip(Drafter):
 
     def __post_init__(self) -> None:
         for name in ("skip_attention", "skip_feed_forward"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            if not isinstance(layers := getattr(self, name), Iterable):
+                raise ValueError(f"{name} must be a tuple of layers, got {layers!r}")
+            object.__setattr__(self, name, tuple(layers))
 
     def check(self, target: LanguageModel) -> None:
         """Raises ValueError unless the layers are the target's."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -50,8 +51,11 @@ class NGram(Drafter):
     min_ngram: int = struct.field(pytree_node=False, default=2)
 
     def check(self, target: LanguageModel) -> None:
-        """Raises ValueError unless 1 ≤ min_ngram ≤ max_ngram."""
+        """Raises ValueError unless 1 ≤ min_ngram ≤ max_ngram, both integers."""
         del target
+        for name in ("min_ngram", "max_ngram"):
+            if not isinstance(value := getattr(self, name), numbers.Integral):
+                raise ValueError(f"{name} must be an integer, got {value!r}")
         if not 1 <= self.min_ngram <= self.max_ngram:
             raise ValueError(
                 f"min_ngram must be in [1, max_ngram], got min_ngram {self.min_ngram} and max_ngram {self.max_ngram}"

@@ -30,6 +30,12 @@ class SmallModel(Drafter):
         """Number of tokens the draft knows."""
         return self.draft.vocab_size
 
+    def check(self, target: LanguageModel) -> None:
+        """Raises ValueError unless the draft is a model."""
+        del target
+        if not hasattr(self.draft, "vocab_size"):
+            raise ValueError(f"draft must be a model, such as a spec_jax.Decoder, got {self.draft!r}")
+
     def start(self, target: LanguageModel, sequence: Sequence, prefill: Output, size: int) -> Any:
         """The draft's cache after the prompts."""
         del target, prefill

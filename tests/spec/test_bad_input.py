@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spec_jax import Sampling, SmallModel, base_decoding, speculative_decoding, stream
+from spec_jax import LayerSkip, NGram, Sampling, SmallModel, base_decoding, speculative_decoding, stream
 from spec_jax import decoding as decoding_module
 from tests.spec.toys import random_toy
 
@@ -64,6 +64,9 @@ OF_EVERY_DECODING: list[tuple[dict[str, Any], str]] = [
     ({"eos_id": 1.5}, "eos_id must be a token in [0, 4), got 1.5"),
     ({"eos_id": 4}, "eos_id must be a token in [0, 4), got 4"),
     ({"eos_id": -1}, "eos_id must be a token in [0, 4), got -1"),
+    ({"eos_id": jnp.int32(3)}, "eos_id must be a token in [0, 4), got Array(3, dtype=int32)"),
+    ({"sampling": None}, "sampling must be a spec_jax.Sampling, got None"),
+    ({"sampling": {"temperature": 0}}, "sampling must be a spec_jax.Sampling, got {'temperature': 0}"),
     (sampled(temperature=-0.1), "temperature must be a finite number >= 0, got -0.1"),
     (sampled(temperature=NAN), "temperature must be a finite number >= 0, got nan"),
     (sampled(temperature=INF), "temperature must be a finite number >= 0, got inf"),
@@ -92,9 +95,12 @@ OF_SPECULATIVE_DECODING: list[tuple[dict[str, Any], str]] = [
         {"drafter": SmallModel(random_toy(1, 3))},
         "drafter must have the target's vocabulary of 4 tokens, got 3",
     ),
+    ({"drafter": SmallModel(None)}, "draft must be a model, such as a spec_jax.Decoder, got None"),
+    ({"drafter": NGram(max_ngram=2.5)}, "max_ngram must be an integer, got 2.5"),  # pyright: ignore
     ({"verification": "accept"}, "verification must be one of 'rejection', 'block', 'coupled', got 'accept'"),
     ({"verification": None}, "verification must be one of 'rejection', 'block', 'coupled', got None"),
     ({"lenience": 0.0}, "lenience must be in (0, 1], got 0.0"),
+    ({"lenience": 1e-50}, "lenience must be in (0, 1], got 1e-50"),  # 0 in float32.
     ({"lenience": 1.5}, "lenience must be in (0, 1], got 1.5"),
     ({"lenience": jnp.float32(1.5)}, "lenience must be in (0, 1], got 1.5"),
     ({"lenience": np.ones(2)}, "lenience must be in (0, 1], got array([1., 1.])"),
@@ -161,3 +167,10 @@ def test_speculative_decoding(decode, changed: dict[str, Any], message: str):
         return  # It streams plain decoding.
     with pytest.raises(ValueError, match=re.escape(message)):
         decode(TARGET, **good(**({"drafter": SmallModel(DRAFT)} | changed)))
+
+
+def test_what_is_no_model_and_no_layers():
+    with pytest.raises(ValueError, match=re.escape("target must be a model, such as a spec_jax.Decoder, got None")):
+        base_decoding(None, **good())  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="skip_attention must be a tuple of layers, got 1"):
+        LayerSkip(1, (2,))  # pyright: ignore[reportArgumentType]

@@ -186,6 +186,9 @@ def test_bad_tokens(tokens: np.ndarray, message: str):
     ("arguments", "message"),
     [
         ({"dim": 0}, "dim must be at least 1, got 0"),
+        ({"dim": 32.5}, "dim must be an integer, got 32.5"),
+        ({"rotary_base": 0.0}, "rotary_base must be a finite number above 0, got 0.0"),
+        ({"norm_epsilon": -1.0}, "norm_epsilon must be a finite number >= 0, got -1.0"),
         ({"vocab_size": -1}, "vocab_size must be at least 1, got -1"),
         ({"depth": 0}, "depth must be at least 1, got 0"),
         ({"kv_heads": 0}, "kv_heads must be at least 1, got 0"),

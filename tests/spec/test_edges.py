@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spec_jax import DecodeResult, Sampling, SmallModel, base_decoding, speculative_decoding
+from spec_jax import DecodeResult, Sampling, SmallModel, base_decoding, loop, speculative_decoding
 from tests.spec.toys import Toy, avoiding_toy, deterministic_toy, random_toy
 from tests.spec.transformers import ragged_prompts
 
@@ -29,6 +30,41 @@ def decode(rule: str, target: Toy, draft: Toy, prompt, *, gamma: int = 3, new: i
         verification=rule,
         **others,
     )
+
+
+def tokens_of_many(rule: str, target: Toy, draft: Toy) -> np.ndarray:
+    """(24,000,) tokens, drawn with 4,000 keys."""
+    drawn = jax.vmap(
+        lambda key: speculative_decoding(
+            target, SmallModel(draft, gamma=3), [[1]], max_new_tokens=6, key=key, verification=rule
+        ).tokens[:, :6]
+    )(jax.random.split(KEY, 4000))
+    return np.asarray(drawn).ravel()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_draft_that_knows_nothing_of_a_token(rule: str, monkeypatch: pytest.MonkeyPatch):
+    """All its logits after token 2 are −inf, as a table of counts has them: the target's law stays what it is."""
+    law = np.array([0.0, 0.2, 0.3, 0.5])
+    target = Toy(jnp.broadcast_to(jnp.log(law), (2, 5, 4, 4)))
+    draft = Toy(jnp.zeros((2, 5, 4, 4)).at[:, :, 2].set(-jnp.inf))
+
+    def deviation() -> float:
+        counts = np.bincount(tokens_of_many(rule, target, draft), minlength=4)
+        assert counts.sum() == 24_000
+        if counts[0]:
+            return np.inf
+        expected = 24_000 * law[1:]
+        return float(((counts[1:] - expected) ** 2 / expected).sum())
+
+    # χ² of two degrees of freedom is above 18.4 once in 10,000.
+    assert deviation() < 18.4
+    if rule != "coupled":
+        with monkeypatch.context() as without:
+            without.setattr(loop, "_usable", lambda draft, done_b: draft)
+            jax.clear_caches()
+            assert deviation() > 18.4
+        jax.clear_caches()
 
 
 @pytest.mark.parametrize("rule", RULES)

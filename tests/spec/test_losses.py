@@ -34,6 +34,16 @@ def test_distillation_by_hand():
         distillation_loss(draft, target[:, :1])
 
 
+@pytest.mark.parametrize("draft", [[0.0, 0.5, -jnp.inf], [0.0, 0.5, 0.2]])
+def test_distillation_of_what_the_target_rules_out(draft: list[float]):
+    """0 · log 0 is 0, in the value and its gradient."""
+    draft_1v, target_1v = (np.array([[logits]], np.float32) for logits in (draft, [0.0, 1.0, -np.inf]))
+    probs, target = (np.exp(logits[0, 0]) / np.exp(logits).sum() for logits in (draft_1v, target_1v))
+    value, gradient = jax.value_and_grad(distillation_loss)(draft_1v, target_1v)
+    np.testing.assert_allclose(value, (target[:2] * np.log(target[:2] / probs[:2])).sum(), rtol=1e-5)
+    np.testing.assert_allclose(gradient[0, 0], probs - target, atol=1e-6)
+
+
 def test_mean_cross_entropy_by_hand():
     # p = (1/4, 3/4): the surprise of token 1 is log(4/3), of token 0 log 4.
     logits = jnp.log(jnp.array([[[1.0, 3.0], [1.0, 3.0]]]))

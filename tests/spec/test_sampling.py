@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from spec_jax import Sampling, SmallModel, loop, speculative_decoding
 from spec_jax import decoding as decoding_module
+from spec_jax.noise import position_gumbel
 from spec_jax.sampling import draw, filtered_log_probs
 from tests.spec.reference import Filters, filtered_probs, softmax
 from tests.spec.toys import random_toy
@@ -156,6 +157,17 @@ def test_draw_follows_the_probabilities():
     share = np.bincount(draw(jnp.broadcast_to(log_probs, gumbel.shape), gumbel), minlength=4) / len(gumbel)
     assert share[1] == 0
     np.testing.assert_allclose(share, [0.5, 0, 0.3, 0.2], atol=4 * 0.5 / len(gumbel) ** 0.5)
+
+
+def test_noise_tells_the_tokens_of_a_large_vocabulary_apart():
+    """JAX's default takes so few values that several of the thousand largest would be equal."""
+
+    def equal_ones(gumbel_v: jax.Array) -> int:
+        return 1000 - len(np.unique(np.sort(gumbel_v)[-1000:]))
+
+    key, size = jax.random.key(0), 2**20
+    assert equal_ones(position_gumbel(key, jnp.zeros(1, jnp.uint32), jnp.zeros((1, 1), jnp.int32), size)[0, 0]) < 4
+    assert equal_ones(jax.random.gumbel(key, (size,))) > 10
 
 
 def test_draft_and_target_are_filtered_by_one_function(monkeypatch: pytest.MonkeyPatch):
