@@ -56,6 +56,8 @@ class MoE(nnx.Module):
       rngs: for the initial weights; not kept.
       mesh: devices to compute on, with axes of the names in the configuration (see `moe_jax.parallel`). Without one,
         the mesh of `jax.set_mesh` is used if it has these axes, and one device otherwise. The mesh changes no result.
+        Its axes must be of type Auto; where arrays are split over others that are Explicit, call the layer in
+        `jax.sharding.auto_axes`.
 
     Raises:
       ValueError: the mesh has neither of the axes, or an argument is of another kind.

@@ -11,6 +11,8 @@ out slots, ship the rows to their experts and back (`moe_jax.exchange`), sum. Th
   as the worst case needs (whole sequences on each device, or no capacity, avoid both);
 - counts and probabilities are summed over all devices before anything is multiplied.
 
+Within a `jax.shard_map` over another axis of the same mesh it computes, but JAX cannot take the gradient.
+
     device (data 0, expert 0)   tokens 0 .. 5     experts 0, 1
     device (data 0, expert 1)   tokens 6 .. 11    experts 2, 3
     device (data 1, expert 0)   tokens 12 .. 17   experts 0, 1
@@ -81,6 +83,11 @@ def placement(config: MoEConfig, mesh: Mesh | None) -> Placement | None:
             raise ValueError(f"mesh must have an axis {names[0]!r} or {names[1]!r}, got {mesh.axis_names}")
         return None
     for name, kind in zip(found.axis_names, found.axis_types):
+        if name in axes and kind == AxisType.Manual:
+            raise ValueError(
+                f"mesh axis {name!r} must be left to the layer, got it in a jax.shard_map over it: leave it out of "
+                "that one's axis_names, or call the layer's axes otherwise (data_axis, expert_axis)"
+            )
         if name in axes and kind != AxisType.Auto:
             raise ValueError(
                 f"mesh axis {name!r} must be of type Auto, got {kind.name}: jax.make_mesh(..., axis_types=...)"

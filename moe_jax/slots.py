@@ -129,7 +129,8 @@ def assign_slots(
       A `Routing`. Gates are zero where not kept.
 
     Raises:
-      ValueError: `slot_order` is unknown, `capacity_factor` not positive, or the choice is among other experts.
+      ValueError: `slot_order` is unknown, `capacity_factor` not positive, the choice is among other experts, or there
+        are too many queues for int32.
 
     Source: "choice": GShard 2006.16668 algorithm 1; "priority": Riquelme et al. 2106.05974 section 4.
     """
@@ -138,6 +139,11 @@ def assign_slots(
         raise ValueError(f"num_experts must be the choice's {choice.probs_te.shape[1]}, got {num_experts}")
     if capacity_factor is not None:
         positive("capacity_factor", capacity_factor, otherwise=" or None")
+    if num_experts * groups.num_groups * choice.expert_index_ta.shape[1] >= 2**31:
+        raise ValueError(
+            f"num_experts · groups · choices must be below 2^31 (int32), got {num_experts} · {groups.num_groups} · "
+            f"{choice.expert_index_ta.shape[1]}"
+        )
     # The number of real tokens decides, not the padded length: a padded batch drops what the compacted one drops.
     limit_by_count = _capacity_table(np.arange(groups.size + 1), num_experts, capacity_factor, min_capacity)
     slots = int(limit_by_count[-1])

@@ -42,7 +42,7 @@ def upcycle(feed_forward: FeedForward, num_experts: int, *, rngs: nnx.Rngs, **op
         "activation": feed_forward.activation,
         "param_dtype": feed_forward.w_in_df.dtype,
     }
-    if twice := sorted(inherited.keys() & options):
+    if twice := sorted((inherited.keys() | {"hidden_mult"}) & options.keys()):
         raise ValueError(f"options must leave to the dense layer what it determines, got {', '.join(twice)}")
     config = MoEConfig(num_experts=num_experts, **inherited, **(defaults | options))
     if not isinstance(config.router, TopN) or config.router.n == 1:

@@ -1,5 +1,6 @@
 """Who hosts which expert, and the two ways to ship rows to them."""
 
+import dataclasses
 from collections import Counter
 from functools import partial
 from typing import Any
@@ -10,10 +11,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from moe_jax import exchange
+from moe_jax import exchange, token_groups
 from moe_jax.exchange import Exchange, Sizes
 from tests.moe.meshes import mesh_of
-from tests.moe.support import hidden_states
+from tests.moe.support import assign_slots, choice, hidden_states
 
 
 def test_places_by_hand():
@@ -130,3 +131,18 @@ def test_backends_with_the_collective_use_it():
     # There and back, and the same backward.
     assert text["cuda"].count("ragged_all_to_all") == 4
     assert "ragged_all_to_all" not in text["cpu"]
+
+
+def test_devices_share_the_copies_of_an_expert():
+    """Of experts 0, 1, 2 on rings of four, the first is hosted twice: half of the devices use each copy."""
+    where = Exchange(3, "expert", 8)
+
+    def placed(expert_t1: jax.Array) -> jax.Array:
+        groups = token_groups(jnp.ones(1, bool), 1, "batch")
+        asked = choice(expert_t1)
+        asked = dataclasses.replace(asked, probs_te=asked.probs_te[:, :3])
+        return where.placed(assign_slots(asked, groups, num_experts=3, capacity_factor=None)).expert_index_ta
+
+    over_devices = jax.jit(jax.shard_map(placed, mesh=mesh_of(1, 8), in_specs=P("expert"), out_specs=P("expert")))
+    for expert, places in ((0, [0, 3] * 4), (2, [2] * 8)):
+        np.testing.assert_array_equal(over_devices(jnp.full((8, 1), expert))[:, 0], places)

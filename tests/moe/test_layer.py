@@ -15,11 +15,15 @@ from moe_jax import (
     ExpertChoice,
     MoE,
     MoEOutput,
+    RMSNorm,
     RouterBias,
     SparseMoEBlock,
     TopN,
 )
 from moe_jax.dispatch import DISPATCHES
+from moe_jax.layer import router_inputs
+from moe_jax.layout import scaled
+from moe_jax.noise import draw_noise
 from tests.moe.support import ALL, apply, assert_trees_close, config, hidden_states, initial_layer, layer
 
 ROUTERS = {
@@ -353,3 +357,39 @@ def test_recomputing_keeps_no_hidden_states_and_changes_nothing(dispatch: str):
 
     assert hidden_states_kept(kept) > 0
     assert hidden_states_kept(again) == 0
+
+
+def test_selection_bias_gets_no_gradient_of_the_relaxed_choice():
+    moe = layer(router=CoordinateDescent(policy_train="all", bias=True), dispatch="ragged")
+    x = hidden_states(12, 8)
+    gradient = jax.grad(lambda moe: (apply(moe, x).outputs ** 2).sum())(moe)
+    np.testing.assert_array_equal(gradient.router_bias_e[...], 0)
+
+
+def test_jitter_and_gumbel_noise_together():
+    moe, x = layer(gumbel_noise=0.5, input_jitter=0.3), hidden_states(6, 8)
+    noise = draw_noise(jax.random.key(0), moe.config, None, tokens=6, train=True, dtype=jnp.float32)
+    assert noise.jitter_td is not None
+    assert noise.gumbel_te is not None
+    got = router_inputs(moe, x, jnp.ones(6, bool), noise)
+    router_de = moe.router_de[...]
+    np.testing.assert_allclose(got.selection_logits_te, (x * noise.jitter_td) @ router_de + noise.gumbel_te, atol=1e-5)
+    np.testing.assert_allclose(got.logits_te, x @ router_de, atol=1e-5)
+
+
+def test_bfloat16_is_normed_in_float32():
+    x, norm = hidden_states(50, 64).astype(jnp.bfloat16), RMSNorm(64)
+    np.testing.assert_array_equal(norm(x), norm(x.astype(jnp.float32)).astype(jnp.bfloat16))
+
+
+def test_noise_does_not_depend_on_the_dtype_of_the_hidden_states():
+    moe = layer(router=TopN(threshold_train=1.0), gumbel_noise=1.0, input_jitter=0.3, dispatch="ragged")
+    x = hidden_states(40, 8).astype(jnp.bfloat16)
+    narrow, wide = (apply(moe, x, key=jax.random.key(0)).metrics for x in (x, x.astype(jnp.float32)))
+    for one, other in zip(jax.tree.leaves(narrow), jax.tree.leaves(wide)):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_scaled_rounds_once():
+    x, factor = hidden_states(50, 8).astype(jnp.bfloat16), hidden_states(50)
+    np.testing.assert_array_equal(scaled(x, factor), (x.astype(jnp.float32) * factor[:, None]).astype(jnp.bfloat16))

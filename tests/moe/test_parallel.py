@@ -16,7 +16,7 @@ from moe_jax.exchange import Exchange
 from moe_jax.parallel import Placement, _most_groups
 from moe_jax.slots import SlotOrder
 from tests.moe.meshes import MESHES, Case, Results, all_on, assert_equal, case, drops, mesh_of, results, worst_errors
-from tests.moe.support import ALL
+from tests.moe.support import ALL, apply
 
 EXPERTS = (1, 3, 5, 8, 16)
 
@@ -165,3 +165,43 @@ def test_no_device_has_tokens_of_more_groups_than_its_buffer_has_room_for(masked
             most = _most_groups(where, groups, local_tokens, moving=masked)
             # Without padding, no more room than is needed.
             assert found <= most if masked else found == most
+
+
+def test_padding_moves_the_borders_of_groups_across_devices():
+    """Groups of as many tokens as a device has, which are its own only where none is padding."""
+    cases = [case(num_experts=4, group_size=11)]
+    wanted = results(cases)
+    assert drops(wanted[0]) > 0
+    assert_equal(results(all_on(mesh_of(1, 3), cases)), wanted, relative=1e-5)
+
+
+@pytest.mark.parametrize("train_factor", [2.0, None])
+@pytest.mark.parametrize("group_size", ["sequence", "batch"])
+def test_evaluation_on_a_mesh_has_its_own_policy_and_capacity(group_size: str, train_factor: float | None):
+    router = TopN(policy_train="all", policy_eval="threshold", threshold_eval=0.4)
+    one = case(
+        num_experts=4,
+        router=router,
+        group_size=group_size,
+        capacity_factor_train=train_factor,
+        capacity_factor_eval=0.5,
+    )
+    wanted, got = (apply(c.moe, c.x, train=False, mask=c.mask) for c in (one, *all_on(mesh_of(1, 3), [one])))
+    assert 0 < float(wanted.metrics.wanted_a[1]) < 1
+    assert float(wanted.metrics.dropped_a[0]) > 0
+    np.testing.assert_allclose(got.outputs, wanted.outputs, atol=1e-5)
+    np.testing.assert_allclose(got.metrics.dropped_a, wanted.metrics.dropped_a, atol=1e-6)
+    np.testing.assert_allclose(got.metrics.wanted_a, wanted.metrics.wanted_a, atol=1e-6)
+
+
+def test_a_device_has_room_for_all_groups_that_padding_lets_it_see():
+    """Device 1 has tokens 11 .. 21, of groups 3 .. 13 and 14 .. 24, and the surest two of each."""
+    one = case(num_experts=4, router=TopN(n=1), slot_order="priority", group_size=11, masked=False)
+    one = one._replace(moe=jax.tree.map(lambda leaf: leaf, one.moe))  # case() is of a cached layer
+    one.moe.router_de[...] = jnp.zeros((8, 4)).at[0, 0].set(1.0)
+    sure_t = jnp.ones(33).at[12:16].set(2.0)
+    x = one.x.at[..., 0].set(sure_t.reshape(3, 11))
+    one = one._replace(x=x, mask=(jnp.arange(33) >= 3).reshape(3, 11))
+    wanted, got = results([one]), results(all_on(mesh_of(1, 3), [one]))
+    np.testing.assert_array_equal((np.asarray(wanted[0].out.outputs) != 0).any(-1).reshape(-1)[11:22].sum(), 4)
+    assert_equal(got, wanted, relative=1e-5)

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
 
 from moe_jax import MoE, SparseMoEBlock, TopN, param_shardings, token_sharding
 from tests.moe.meshes import DIM, Case, all_on, assert_equal, mesh_of, on, results
@@ -133,6 +135,14 @@ def test_refused():
         pytest.raises(ValueError, match="mesh axis 'data' must be of type Auto, got Explicit"),
     ):
         initial_layer(moe)(hidden_states(2, 4, DIM), train=False)
+    taken = jax.shard_map(
+        lambda x: MoE(moe, rngs=nnx.Rngs(0))(x, train=False).outputs,
+        mesh=mesh_of(2, 2),
+        in_specs=P("data"),
+        out_specs=P("data"),
+    )
+    with pytest.raises(ValueError, match=r"mesh axis 'data' must be left to the layer, got it in a jax.shard_map over"):
+        taken(hidden_states(2, 4, DIM))
     other = (
         r"mesh must be that of jax.set_mesh, {'data': 2, 'expert': 4}, or not be given, got {'data': 2, 'expert': 2}"
     )

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from moe_jax import (
+    CoordinateDescent,
     MoE,
+    MoEConfig,
     MoEOutput,
     RouterInputs,
     SparseMoEBlock,
@@ -22,6 +24,7 @@ from moe_jax import (
     router_z_loss,
     token_groups,
 )
+from moe_jax.interop import config_from_torch
 from moe_jax.noise import RouterNoise
 from tests.moe.support import apply, assign_slots, parity_case, with_prefix
 
@@ -207,3 +210,40 @@ def test_a_state_dict_that_does_not_fit_is_refused():
     for name, wanted in (("gate.to_gates.weight", (4, 32)), ("experts.experts.1.net.0.bias", (170,))):
         with pytest.raises(ValueError, match=rf"{re.escape(name)} must be {re.escape(str(wanted))}, got \(3, 31\)"):
             moe_from_torch(weights | {name: np.zeros((3, 31))}, **description["args"])
+
+
+def test_every_argument_of_the_original_has_its_place():
+    theirs = MoEConfig(dim=8, slot_order="choice", straight_through=True, init="original")
+    assert config_from_torch(dim=8) == theirs
+    given = config_from_torch(
+        dim=8,
+        num_experts=6,
+        expert_hidden_mult=2,
+        threshold_train=(0.3, 0.35),
+        threshold_eval=(0.4, 0.45),
+        capacity_factor_train=1.5,
+        capacity_factor_eval=2.5,
+        gating_top_n=3,
+        balance_loss_coef=0.5,
+        router_z_loss_coef=0.25,
+        straight_through_dispatch_tensor=False,
+        differentiable_topk=True,
+        slot_order="token",
+        dispatch="ragged",
+        recompute=True,
+    )
+    assert given == MoEConfig(
+        dim=8,
+        num_experts=6,
+        hidden_mult=2,
+        router=CoordinateDescent(n=3, threshold_train=(0.3, 0.35), threshold_eval=(0.4, 0.45)),
+        capacity_factor_train=1.5,
+        capacity_factor_eval=2.5,
+        balance_coef=0.5,
+        router_z_coef=0.25,
+        straight_through=False,
+        slot_order="token",
+        dispatch="ragged",
+        recompute=True,
+        init="original",
+    )

@@ -314,3 +314,88 @@ def test_best_experts_are_found_without_sorting_all(router: Router):
     program = jax.jit(choice).lower(jnp.zeros((64, 16))).compile().as_text()
     assert program is not None
     assert " sort(" not in program
+
+
+NOISED = [[0.45, 0.4, 0.1, 0.05], [0.6, 0.1, 0.05, 0.25]]
+
+
+def test_a_bias_steers_the_noised_scores():
+    noised = jnp.log(jnp.asarray([[0.25, 0.6, 0.1, 0.05]]))
+    # Steered: 0.25, 0, 0.1, 0.35; without the noise 0.3, -0.45, 0.5, 0.35.
+    bias_e = jnp.asarray([0.0, -0.6, 0.0, 0.3])
+    router = TopN(policy_train="all", bias=True)
+    chosen = router.choose(inputs(PROBS[:1], selection_logits_te=noised, bias_e=bias_e), train=True)
+    np.testing.assert_array_equal(chosen.expert_index_ta, [[3, 0]])
+    np.testing.assert_allclose(chosen.gate_ta, [[0.05 / 0.35, 0.3 / 0.35]], atol=1e-5)
+
+
+def test_noise_does_not_make_a_token_surer():
+    chosen = TopN(policy_train="all").choose(
+        inputs(PROBS, selection_logits_te=jnp.log(jnp.asarray(NOISED))), train=True
+    )
+    np.testing.assert_allclose(jnp.exp(chosen.priority_ta), [[0.3, 0.3], [0.1, 0.1]], rtol=1e-5)
+
+
+def test_noise_decides_which_groups_are_kept():
+    router = TopN(policy_train="all", expert_groups=2, expert_groups_kept=1)
+    chosen = router.choose(inputs(PROBS[:1], selection_logits_te=jnp.log(jnp.asarray(NOISED[:1]))), train=True)
+    np.testing.assert_array_equal(chosen.expert_index_ta, [[0, 1]])  # without noise, {2, 3} have 0.55
+
+
+def test_biased_groups_are_ranked_by_the_sum_of_scores_and_biases():
+    bias_e = jnp.asarray([0.05, 0.15, 0.12, -0.03])
+    # Steered: 0.35, 0.3 and 0.62, 0.02: in all 0.65 and 0.64.
+    router = TopN(policy_train="all", bias=True, expert_groups=2, expert_groups_kept=1)
+    chosen = router.choose(inputs([[0.3, 0.15, 0.5, 0.05]], bias_e=bias_e), train=True)
+    np.testing.assert_array_equal(chosen.expert_index_ta, [[0, 1]])
+
+
+def test_noise_decides_whom_an_expert_chooses_and_weights_nothing():
+    chosen = ExpertChoice().choose(inputs(PROBS, selection_logits_te=jnp.log(jnp.asarray(NOISED))), train=True)
+    np.testing.assert_allclose(jnp.exp(chosen.priority_ta), NOISED, rtol=1e-5)
+    np.testing.assert_allclose(chosen.gate_ta, PROBS, rtol=1e-5)
+    np.testing.assert_allclose(chosen.probs_te, PROBS, rtol=1e-5)
+    np.testing.assert_array_equal(chosen.first_expert_t, [0, 0])
+
+
+def test_relaxed_top_k_after_one_update():
+    """From caps of 0 - scores, every score counts alike."""
+    scores_te = jnp.asarray([[0.5, 0.3, 0.15, 0.05]])
+    once = relaxed_top_k(scores_te, 2, iterations=1, temperature=0.1)
+    np.testing.assert_allclose(once, jnp.exp(jnp.minimum(scores_te / 0.1 + jnp.log(0.5), 0)), rtol=1e-5)
+
+
+def test_coordinate_descent_of_all_experts():
+    """9 / 8 of as many experts as there are would be more."""
+
+    def spread(logits_te: jax.Array) -> jax.Array:
+        given = RouterInputs(logits_te, logits_te, jnp.ones(2, bool))
+        return CoordinateDescent(n=4, policy_train="all").choose(given, train=True).gate_ta.max(1).sum()
+
+    assert jnp.isfinite(jax.grad(spread)(jnp.log(jnp.asarray(PROBS)))).all()
+
+
+def test_coordinate_descent_relaxes_the_noised_choice():
+    logits_te, noised_te = (jnp.log(jnp.asarray(probs[:1])) for probs in (PROBS, NOISED))
+
+    def gate(logits_te: jax.Array, noised_te: jax.Array) -> jax.Array:
+        given = RouterInputs(logits_te, noised_te, jnp.ones(1, bool))
+        return CoordinateDescent(n=1).choose(given, train=True).gate_ta[0, 0]
+
+    def by_hand(logits_te: jax.Array, noised_te: jax.Array) -> jax.Array:
+        chosen_te = relaxed_top_k(jax.nn.softmax(noised_te), 9 / 8, iterations=20, temperature=0.1)
+        return (jax.nn.softmax(logits_te) * (1 + chosen_te - jax.lax.stop_gradient(chosen_te)))[0, 0]
+
+    got, wanted = (jax.jit(jax.grad(f, argnums=(0, 1)))(logits_te, noised_te) for f in (gate, by_hand))
+    assert float(jnp.abs(wanted[1]).max()) > 1e-2
+    for one, other in zip(got, wanted):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+def test_temperature_of_coordinate_descent():
+    def gate(logits_te: jax.Array, temperature: float) -> jax.Array:
+        given = RouterInputs(logits_te, logits_te, jnp.ones(1, bool))
+        return CoordinateDescent(n=1, temperature=temperature).choose(given, train=True).gate_ta[0, 0]
+
+    sharp, soft = (jax.grad(gate)(jnp.log(jnp.asarray(PROBS[:1])), t) for t in (0.1, 1.0))
+    assert float(jnp.abs(sharp - soft).max()) > 1e-2

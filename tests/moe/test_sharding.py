@@ -122,3 +122,10 @@ def test_axes_that_a_mesh_lacks_split_nothing():
     experts = model().blocks[0].moe.experts
     named = param_shardings(experts, mesh_of(2, 4, ("rows", "specialists")), expert_axis="specialists")
     assert all(sharding.spec[0] == "specialists" for sharding in jax.tree.leaves(named))
+
+
+def test_layers_stacked_for_a_scan_are_not_split():
+    odd = nnx.eval_shape(lambda: MoE(config(num_experts=5, dim=7, hidden=9), rngs=nnx.Rngs(0)))
+    stacked = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((4, *leaf.shape), leaf.dtype), odd)
+    placed = param_shardings(stacked, mesh_of(2, 4))
+    assert all(sharding.is_fully_replicated for sharding in jax.tree.leaves(placed))

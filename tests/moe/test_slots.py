@@ -117,3 +117,25 @@ def test_slots_are_unique_and_without_gaps(order: SlotOrder):
         for group in range(4):
             in_group = np.sort(taken[taken // routing.capacity == group]) - group * routing.capacity
             np.testing.assert_array_equal(in_group, np.arange(int(routing.count_eg[expert, group])))
+
+
+def test_no_second_choice_comes_before_a_first_however_sure_the_token():
+    asked = choice([[0, 1], [1, 0]], priority=[[0.4, 0.4], [0.9, 0.9]])
+    groups = token_groups(jnp.ones(2, bool), 2, "batch")
+    routing = assign_slots(asked, groups, num_experts=4, capacity_factor=2.0, min_capacity=0, slot_order="priority")
+    np.testing.assert_array_equal(routing.keep_ta, [[True, False], [True, False]])
+
+
+def test_of_equally_sure_tokens_the_earlier_is_served():
+    groups = token_groups(jnp.ones(3, bool), 3, "batch")
+    asked = choice([[0]] * 3, priority=[[0.5]] * 3)
+    routing = assign_slots(asked, groups, num_experts=4, capacity_factor=3.0, min_capacity=0, slot_order="priority")
+    np.testing.assert_array_equal(routing.keep_ta[:, 0], [True, True, False])
+
+
+def test_a_group_of_few_real_tokens_has_no_more_slots_than_tokens():
+    """Two of six positions are real, and the least capacity is 4."""
+    groups = token_groups(jnp.arange(6) < 2, 6, "sequence")
+    asked = choice([[0]] * 6, wanted=[[True]] * 2 + [[False]] * 4)
+    routing = assign_slots(asked, groups, num_experts=4, capacity_factor=1.0, min_capacity=4)
+    np.testing.assert_array_equal(routing.available_eg, [[2]] * 4)

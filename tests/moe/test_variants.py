@@ -206,3 +206,47 @@ def test_paper_initialisation_has_variance_a_tenth_over_fan_in():
     assert float(jnp.abs(weights).max()) < 2 / 0.8796 * (0.1 / 200) ** 0.5 * 1.001
     original = initial_weights(jax.random.key(0), (4, 200, 300), init="original")
     np.testing.assert_allclose(jnp.abs(original).max(), 300**-0.5, rtol=1e-3)
+
+
+def test_gelu_rounds_once():
+    x = jnp.linspace(-3, 4, 999, dtype=jnp.bfloat16)
+    np.testing.assert_array_equal(gelu(x), gelu(x.astype(jnp.float32)).astype(jnp.bfloat16))
+
+
+def test_random_policy_in_evaluation():
+    moe = layer(router=TopN(policy_train="all", policy_eval="random", threshold_eval=1.0), dispatch="ragged")
+    x = hidden_states(2, 12, 8)
+    one, two = (apply(moe, x, train=False, key=jax.random.key(seed)) for seed in (0, 1))
+    assert (one.outputs != two.outputs).any()
+    with pytest.raises(ValueError, match="key must be a PRNG key for the policy 'random', got None"):
+        moe(x, train=False)
+
+
+def test_kinds_of_noise_are_independent():
+    options = {"router": TopN(), "gumbel_noise": 1.0, "input_jitter": 0.5}
+    noise = draw_noise(jax.random.key(5), config(**options), None, tokens=2000, train=True, dtype=jnp.float32)
+    columns = np.concatenate(jax.tree.leaves(noise), axis=1)
+    rank = scipy.stats.rankdata(columns, axis=0)
+    assert abs(np.corrcoef(rank.T) - np.eye(8 + 4 + 2)).max() < 0.15
+
+
+def test_bias_update_is_by_the_sign_alone():
+    updated = updated_router_bias(jnp.zeros(4), jnp.asarray([0.2502, 0.2498, 0.2501, 0.2499]), 0.01)
+    np.testing.assert_allclose(updated, [-0.01, 0.01, -0.01, 0.01], rtol=1e-6)
+
+
+def test_upcycled_layer_equals_the_dense_one_in_training_too():
+    dense = FeedForward(8, 10, rngs=nnx.Rngs(3), init="original", activation=jnp.tanh)
+    assert dense.mult_bias_f is not None
+    dense.mult_bias_f[...] = hidden_states(10)
+    moe = upcycle(dense, 4, rngs=nnx.Rngs(4))
+    x = hidden_states(2, 12, 8)
+    np.testing.assert_allclose(apply(moe, x).outputs, dense(x), atol=1e-6)
+
+
+def test_upcycling_refuses_shared_experts():
+    dense = FeedForward(8, 10, rngs=nnx.Rngs(3))
+    with pytest.raises(ValueError, match="options must leave to the dense layer what it determines, got hidden_mult"):
+        upcycle(dense, 4, rngs=nnx.Rngs(4), hidden_mult=2.0)
+    with pytest.raises(ValueError, match="num_shared_experts must be 0, got 1"):
+        upcycle(dense, 4, rngs=nnx.Rngs(4), num_shared_experts=1)

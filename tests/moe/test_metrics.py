@@ -1,0 +1,34 @@
+"""What a layer reports of its routing, by hand."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax import ExpertChoice, metrics, router_totals, token_groups
+from tests.moe.support import apply, assign_slots, choice, hidden_states, layer
+
+
+def test_shares_of_what_was_asked_for():
+    """Four tokens want expert 0, two of them expert 1 as well; each has one slot."""
+    asked = choice([[0, 1]] * 4, wanted=[[True, True], [True, True], [True, False], [True, False]])
+    mask_t = jnp.ones(4, bool)
+    routing = assign_slots(asked, token_groups(mask_t, 4, "batch"), num_experts=4, capacity_factor=1.0, min_capacity=0)
+    got = metrics(router_totals(jnp.zeros((4, 4)), asked, routing, mask_t))
+    np.testing.assert_allclose(got.wanted_a, [1, 0.5])
+    np.testing.assert_allclose(got.dropped_a, [0.75, 0.5])
+    np.testing.assert_allclose(got.load_e, [4 / 6, 2 / 6, 0, 0], rtol=1e-6)
+
+
+def test_metrics_and_balance_loss_of_expert_choice():
+    moe = layer(dim=2, num_experts=2, router=ExpertChoice(), hidden=3)
+    moe.router_de[...] = jnp.eye(2)
+    out = apply(moe, jnp.log(jnp.asarray([[0.9, 0.1], [0.2, 0.8], [0.3, 0.7], [0.05, 0.95]])))
+    # Favourites 0, 1, 1, 1; mean probabilities 0.3625, 0.6375.
+    np.testing.assert_allclose(out.balance_loss, 2 * (0.25 * 0.3625 + 0.75 * 0.6375), rtol=1e-5)
+    np.testing.assert_allclose(out.metrics.top_gate, (0.9 + 0.8 + 0.7 + 0.95) / 4, rtol=1e-5)
+
+
+def test_one_logit_that_is_not_finite_is_counted():
+    moe = layer()
+    moe.router_de[...] = moe.router_de[...].at[0, 2].set(jnp.inf)
+    x = hidden_states(4, 8)
+    np.testing.assert_allclose(apply(moe, x).metrics.nonfinite_logits, 1)
