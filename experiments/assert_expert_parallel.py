@@ -43,7 +43,7 @@ class AssertConfig:
       data: devices along the data axis; by default what the expert axis leaves over.
       expert: devices along the expert axis; by default what the data axis leaves over, or all.
       num_experts: any number.
-      experts_per_token: how many of them each token asks for.
+      experts_per_token: how many of them each token asks for; by default 2, or the one that there is.
       dim: width of the hidden states.
       batch: sequences. Any number.
       length: tokens per sequence, about a tenth of them padding. Any number.
@@ -60,7 +60,7 @@ class AssertConfig:
     data: int | None = None
     expert: int | None = None
     num_experts: int = 8
-    experts_per_token: int = 2
+    experts_per_token: int | None = None
     dim: int = 64
     batch: int = 5
     length: int = 67
@@ -74,13 +74,16 @@ class AssertConfig:
 
     def __post_init__(self) -> None:
         at_least(1, self, "devices", "data", "expert", "batch", "length")
+        at_least(0, self, "tolerance")
+        self.layer()
 
     def layer(self) -> MoEConfig:
         """The layer's configuration, noise and random second choices included."""
+        per_token = min(2, self.num_experts) if self.experts_per_token is None else self.experts_per_token
         return MoEConfig(
             dim=self.dim,
             num_experts=self.num_experts,
-            router=TopN(n=min(self.experts_per_token, self.num_experts)),
+            router=TopN(n=per_token),
             capacity_factor_train=self.capacity_factor,
             group_size=self.group_size,
             slot_order=self.slot_order,

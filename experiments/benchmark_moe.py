@@ -82,6 +82,12 @@ class Config:
         # Two experts are active.
         at_least(2, self, "num_experts", "growing_experts", "mixtral_experts")
         at_least(1, self, "dim", "shapes", "shape", "lengths", "growing_experts_shapes", "mixtral_hidden", "repeats")
+        if not self.sections and not self.mesh:
+            raise ValueError("sections must name at least one, got none")
+        if "mesh" in self.sections and not self.mesh:
+            raise ValueError("mesh must name at least one mesh for the section 'mesh', got none")
+        for text in self.mesh:
+            mesh_costs.parsed_mesh(text)
         if len(set(self.lengths)) < 2:
             raise ValueError(f"lengths must be two different ones at least, got {self.lengths}")
 
@@ -201,7 +207,10 @@ def against_mixtral(config: Config) -> Iterable[Row]:
 
 
 def against_dense(config: Config) -> Iterable[Row]:
-    """One dense GEGLU twice as wide as an expert, and two experts per token with room for all their tokens."""
+    """One dense GEGLU twice as wide as an expert, and two experts per token with as many slots as assignments.
+
+    The products are of the same size; `index` leaves out what experts are asked for above the mean.
+    """
     dense = moe_jax.FeedForward(
         config.dim, 2 * moe_jax.MoEConfig(dim=config.dim).expert_hidden, rngs=nnx.Rngs(0), init="original"
     )
@@ -261,8 +270,6 @@ def _kept(metrics: moe_jax.Metrics, x: jax.Array) -> int:
 def over_meshes(config: Config) -> Iterable[Row]:
     """A sequence of `shape` on each device of every mesh: compiled, not run."""
     meshes = [mesh_costs.parsed_mesh(text) for text in config.mesh]
-    if not meshes:
-        raise ValueError("mesh must name at least one mesh for the section 'mesh', got none")
     needed = max(data * expert for data, expert in meshes)
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", needed)

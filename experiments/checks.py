@@ -1,4 +1,4 @@
-"""Numbers of a configuration that are too small, in words that name them."""
+"""Numbers of a configuration that are too small or too large, in words that name them."""
 
 from typing import Any
 
@@ -24,3 +24,9 @@ def at_least(least: float, config: Any, *names: str, prefix: str = "") -> None:
         # NaN is not smaller.
         if not numbers.min() >= least:
             raise ValueError(f"{prefix}{name} must be at least {least}, got {value}")
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError where a seed is none of `jax.random.key`, of whose larger ones only 32 bits count."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be in [0, 2^32), got {seed}")

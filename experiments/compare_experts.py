@@ -68,6 +68,8 @@ class CompareConfig:
         known = (SPARSE, *VARIANTS)
         if not self.variants:
             raise ValueError("variants must have at least one name, got ()")
+        if len(set(self.variants)) < len(self.variants):
+            raise ValueError(f"variants must be different ones, got {' '.join(self.variants)}")
         if unknown := [name for name in self.variants if name not in known]:
             raise ValueError(f"variants must be of {', '.join(known)}, got {unknown[0]!r}")
         at_least(1, self, "steps", "batch_size", "seeds")
@@ -75,12 +77,14 @@ class CompareConfig:
     def run(self, variant: str, seed: int) -> TrainMoEConfig:
         """Configuration of one run."""
         preset = PRESETS["cpu" if variant == SPARSE else f"cpu-{variant}"][1]
+        steps = preset.steps if self.steps is None else self.steps
         return dataclasses.replace(
             preset,
             data=self.data,
             output=self.output / f"{variant}_{seed}",
             seed=seed,
-            steps=preset.steps if self.steps is None else self.steps,
+            steps=steps,
+            log_every=min(preset.log_every, steps),
             batch_size=preset.batch_size if self.batch_size is None else self.batch_size,
             sample_every=0,
             report=False,
@@ -219,9 +223,12 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def panels(results: Sequence[Result]) -> list[list[Panel]]:
-    """Loss against steps and FLOPs of the three that are compared; load and drops of the sparse one; of one seed."""
+    """Loss against steps and FLOPs of the three that are compared; load and drops of the sparse one; of one seed.
+
+    Of what there is, if it is none of the three.
+    """
     by_name = {result.variant: result for result in results if result.seed == 0}
-    main = {LABELS[name]: by_name[name] for name in MAIN if name in by_name}
+    main = {LABELS[name]: by_name[name] for name in MAIN if name in by_name} or by_name
     steps = {label: result.bits for label, result in main.items()}
     flops = {
         label: [(step * run.tokens_per_step * run.flops_per_token / 1e12, bits) for step, bits in run.bits]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import optax
 
-from experiments.checks import at_least
+from experiments.checks import at_least, check_seed
 
 # A run may be resumed with other values of these: they change what is kept or shown, or who computes it, not what is
 # learnt. `data` is a place; that a file of the same name and bytes is there is checked by their digest.
@@ -96,7 +96,8 @@ class RunConfig:
             1, self, "steps", "batch_size", "accumulation", "sequence_length", "log_every", "validate_every",
             "validation_batches", "checkpoint_every", "keep_checkpoints", "join_timeout", "expert_parallel",
         )  # fmt: skip
-        at_least(0, self, "seed", "sample_every", "warmup_steps")
+        at_least(0, self, "sample_every", "warmup_steps")
+        check_seed(self.seed)
         for name in ("learning_rate", "clip_norm"):
             if not (value := getattr(self, name)) > 0:
                 raise ValueError(f"{name} must be above 0, got {value}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -53,7 +52,7 @@ class DecodingRunConfig(RunConfig):
         at_least(1, self, "prompt_length", "generate_length", "report_repeats")
         at_least(0, self, "gamma")
         # Not `sampling.checked()`: it makes arrays, and no array may be made before `jax.distributed` starts.
-        if not 0 <= self.temperature < math.inf:
+        if not 0 <= self.temperature <= float(np.finfo(np.float32).max):
             raise ValueError(f"temperature must be a finite number >= 0, got {self.temperature}")
 
     @property

@@ -26,6 +26,13 @@ from spec_jax.layers import rotary_angles
 from spec_jax.sharding import decoder_shardings
 
 Kind = Literal["sparse", "equal_flops", "equal_parameters"]
+# What fields of a mixture are called here.
+OUR_NAMES = {
+    "n": "top_n",
+    "threshold_train": "threshold",
+    "threshold_eval": "threshold",
+    "capacity_factor_train": "capacity_factor",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +74,8 @@ class ExpertsConfig:
         try:
             self.layer(dim=2)
         except ValueError as error:
-            raise ValueError(f"experts: {error}") from error
+            name, _, rest = str(error).partition(" ")
+            raise ValueError(f"experts.{OUR_NAMES.get(name, name)} {rest}") from error
 
     def check(self, config: DecoderConfig) -> None:
         """Raises ValueError where a decoder of this size cannot have these mixtures."""

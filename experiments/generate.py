@@ -19,7 +19,7 @@ from rich.console import Console
 import spec_jax
 from experiments import train_draft, train_early_exit, train_moe, train_prophet
 from experiments.checkpoints import open_run, run_folder
-from experiments.checks import at_least
+from experiments.checks import at_least, check_seed
 from experiments.decoding_run import Strategy
 from experiments.output import LAYER_SKIP_FILE
 from experiments.runtime import exit_with, use_compilation_cache
@@ -122,6 +122,7 @@ class GenerateConfig:
         if self.drafter not in get_args(DrafterName):
             raise ValueError(f"drafter must be one of {', '.join(get_args(DrafterName))}, got {self.drafter!r}")
         at_least(0, self, "max_new_tokens", "gamma")
+        check_seed(self.seed)
         self.sampling.checked()
 
     @property

@@ -11,10 +11,11 @@ from experiments import checkpoints, metrics
 REPORT = "report.json"
 LOSS_FIGURE, ACCEPTANCE_FIGURE, SPEEDUP_FIGURE = "loss.png", "acceptance.png", "speedup.png"
 LAYER_SKIP_FILE = "layer_skip.json"
+CONFIGURATION = "configuration.json"
 # Everything a run writes, so that `overwrite` removes this and nothing else.
 CONTENTS = (
     checkpoints.FOLDER, metrics.TENSORBOARD, metrics.FILE, REPORT, LOSS_FIGURE, ACCEPTANCE_FIGURE, SPEEDUP_FIGURE,
-    LAYER_SKIP_FILE,
+    LAYER_SKIP_FILE, CONFIGURATION,
 )  # fmt: skip
 
 
@@ -49,11 +50,13 @@ def prepare_output(output: pathlib.Path, *, resume: bool, overwrite: bool) -> No
 
     Raises:
       ValueError: it cannot be written; it holds a run and neither `resume` nor `overwrite` is given; or there is
-        nothing to resume.
+        nothing to resume, or no more than the checkpoints of a run.
     """
     make_folder(output)
     if resume:
         checkpoints.open_run(output, argument="output")
+        if (folder := checkpoints.run_folder(output)) != output:
+            raise ValueError(f"output must be the folder of the run, {folder}, got that of its checkpoints, {output}")
         return
     present = [name for name in CONTENTS if (output / name).exists()]
     if present and not overwrite:

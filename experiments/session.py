@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,9 +15,9 @@ from rich.console import Console
 
 from experiments.checkpoints import Checkpoints, newest, open_run, run_folder
 from experiments.config import RunConfig, as_json, differences
-from experiments.data import Text, load_text
+from experiments.data import Text, is_read, load_text
 from experiments.metrics import Metrics, wandb_module
-from experiments.output import prepare_output
+from experiments.output import CONFIGURATION, prepare_output
 from experiments.progress import TrainingProgress
 from experiments.runtime import start_processes, use_compilation_cache
 from experiments.signals import StopRequest
@@ -110,6 +111,8 @@ def run(config: RunConfig, task: Task, console: Console | None = None, *, go_on:
     text.check(config.sequence_length)
     if task.check_text is not None:
         task.check_text(text)
+    if is_read(config.data, config.output):
+        raise ValueError(f"output must be outside the folder of data, {config.data}, got {config.output}")
     check_batch(config.batch_size, config.accumulation, mesh)
     if first_process and config.wandb is not None:
         wandb_module()
@@ -120,6 +123,8 @@ def run(config: RunConfig, task: Task, console: Console | None = None, *, go_on:
     # A run is read by all processes or none: Orbax lets those that open checkpoints wait for each other.
     if first_process or config.resume:
         prepare_output(config.output, resume=config.resume, overwrite=config.overwrite)
+    if first_process and not config.resume:
+        (config.output / CONFIGURATION).write_text(json.dumps(configuration, indent=1) + "\n")
     if config.resume:
         # Refused before the log is cut and before temporary folders of the old run are swept up.
         with open_run(config.output) as checkpoints:
@@ -161,13 +166,15 @@ def finish(config: RunConfig, task: Task, console: Console) -> int:
     """`run`, from the last checkpoint on where the output folder holds one, and not at all where that is the end.
 
     Raises:
-      ValueError: the folder holds a run of another configuration or of another text.
+      ValueError: the folder holds a run of another configuration or of another text, or what may not be of a run.
     """
     found = newest(config.output)
-    if found is None:
-        return run(dataclasses.replace(config, overwrite=True), task, console, go_on=SAME_COMMAND)
-    step, configuration = found
     wanted = _configuration(config, task, load_text(config.data))
+    if found is None:
+        # It begins anew if it ended before its first checkpoint. What else may be there is not to be deleted.
+        begun = _begun(config.output) == wanted
+        return run(dataclasses.replace(config, overwrite=begun), task, console, go_on=SAME_COMMAND)
+    step, configuration = found
     if different := differences(configuration, wanted):
         raise ValueError(f"output must hold this run or none, got {config.output} with {'; '.join(different)}")
     _check_steps(step, config)
@@ -180,6 +187,14 @@ def finish(config: RunConfig, task: Task, console: Console) -> int:
 def _configuration(config: RunConfig, task: Task, text: Text) -> dict[str, Any]:
     """What a run is, as its checkpoints keep it."""
     return {"kind": task.kind, "text": f"{text.name}, SHA-256 {text.fingerprint()}", **as_json(config)}
+
+
+def _begun(output: pathlib.Path) -> Any:
+    """The configuration of the run that was begun in a folder, None where there is none."""
+    try:
+        return json.loads((output / CONFIGURATION).read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def _check_steps(trained: int, config: RunConfig) -> None:

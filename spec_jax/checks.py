@@ -84,7 +84,8 @@ def checked_vocab_size(name: str, model: Any) -> int:
     Raises:
       ValueError: it is no model.
     """
-    if not callable(model) or not _is_integer(vocab_size := getattr(model, "vocab_size", None)):
+    vocab_size: Any = getattr(model, "vocab_size", None)
+    if not callable(model) or not _is_integer(vocab_size):
         raise ValueError(f"{name} must be a model, such as a spec_jax.Decoder, got {model!r}")
     return vocab_size
 

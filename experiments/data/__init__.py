@@ -2,6 +2,6 @@
 
 from experiments.data.batches import batch_at, validation_batches
 from experiments.data.cache import cache_folder
-from experiments.data.text import Text, load_text
+from experiments.data.text import Text, is_read, load_text
 
-__all__ = ["Text", "batch_at", "cache_folder", "load_text", "validation_batches"]
+__all__ = ["Text", "batch_at", "cache_folder", "is_read", "load_text", "validation_batches"]

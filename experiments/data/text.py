@@ -89,6 +89,15 @@ def load_text(name_or_path: str | os.PathLike[str], *, cache: pathlib.Path | Non
     return _split(np.memmap(path, np.uint8, mode="r"), name, description)
 
 
+def is_read(name: str, path: pathlib.Path) -> bool:
+    """Whether what is written to a path would become part of the text: it is in the text's folder and not hidden."""
+    folder = pathlib.Path(name).expanduser().resolve()
+    path = path.resolve()
+    if name in ("stdlib", "enwik8") or not folder.is_dir() or not path.is_relative_to(folder):
+        return False
+    return not any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
 def _split(text_n: NDArray[np.uint8], name: str, description: str) -> Text:
     validation = len(text_n) * TRAIN_PERCENT // 100
     test = validation + len(text_n) * VALIDATION_PERCENT // 100

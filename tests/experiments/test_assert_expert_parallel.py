@@ -2,6 +2,7 @@ import pytest
 
 from experiments import assert_expert_parallel
 from experiments.assert_expert_parallel import AssertConfig, Row
+from moe_jax import TopN
 
 TINY = ["--dim", "8", "--num-experts", "3", "--batch", "3", "--length", "5", "--data", "2", "--expert", "2"]
 
@@ -33,3 +34,9 @@ def test_meshes():
         shape(data=4, expert=3)
     with pytest.raises(ValueError, match="expert must be at least 1, got 0"):
         shape(expert=0)
+    for tolerance in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="tolerance must be at least 0, got"):
+            AssertConfig(tolerance=tolerance)
+    with pytest.raises(ValueError, match=r"n must be at most num_experts \(4\), got 8"):
+        AssertConfig(num_experts=4, experts_per_token=8)
+    assert AssertConfig(num_experts=1).layer().router == TopN(n=1)

@@ -71,7 +71,7 @@ def test_meshes_are_read_from_their_programs(tmp_path: pathlib.Path):
 )
 def test_meshes_refused(tmp_path: pathlib.Path, mesh: tuple[str, ...], message: str):
     with pytest.raises(ValueError, match=message):
-        benchmark_moe.main(dataclasses.replace(tiny(tmp_path), mesh=mesh))
+        benchmark_moe.main(dataclasses.replace(tiny(tmp_path, "dense"), mesh=mesh))
 
 
 @pytest.mark.parametrize(
@@ -81,6 +81,8 @@ def test_meshes_refused(tmp_path: pathlib.Path, mesh: tuple[str, ...], message: 
         ({"shapes": ((4, 0),)}, r"shapes must be at least 1, got \(\(4, 0\),\)"),
         ({"growing_experts": ()}, r"growing_experts must have at least one value, got \(\)"),
         ({"num_experts": 1}, "num_experts must be at least 2, got 1"),
+        ({"sections": ()}, "sections must name at least one, got none"),
+        ({"sections": ("dense", "mesh")}, "mesh must name at least one mesh for the section 'mesh', got none"),
         ({"lengths": (16, 16)}, "lengths must be two different ones at least"),
     ],
 )

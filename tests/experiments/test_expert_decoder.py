@@ -181,10 +181,10 @@ def test_equal_flops_by_hand():
     [
         (lambda: ExpertsConfig(every=0), "experts.every must be at least 1, got 0"),
         (lambda: ExpertsConfig(kind="thin"), "experts.kind must be one of sparse, equal_flops, equal_parameters, got"),  # pyright: ignore[reportArgumentType]
-        (lambda: ExpertsConfig(top_n=9), r"experts: n must be at most num_experts \(8\), got 9"),
-        (lambda: ExpertsConfig(threshold=0.0), r"experts: threshold_train must be in \(0, 1\], got 0.0"),
-        (lambda: ExpertsConfig(capacity_factor=-1.0), "experts: capacity_factor_train must be positive or None, got"),
-        (lambda: ExpertsConfig(num_experts=0), "experts: num_experts must be at least 1, got 0"),
+        (lambda: ExpertsConfig(top_n=9), r"experts.top_n must be at most num_experts \(8\), got 9"),
+        (lambda: ExpertsConfig(threshold=0.0), r"experts.threshold must be in \(0, 1\], got 0.0"),
+        (lambda: ExpertsConfig(capacity_factor=-1.0), "experts.capacity_factor must be positive or None, got"),
+        (lambda: ExpertsConfig(num_experts=0), "experts.num_experts must be at least 1, got 0"),
         (lambda: make_decoder(CONFIG, ExpertsConfig(every=4), rngs=nnx.Rngs(0)), "experts.every must be at most"),
     ],
 )

@@ -58,6 +58,7 @@ def test_an_older_checkpoint(run):
         ({"drafter": "layer-skip"}, "drafter 'layer-skip' needs .*: run python -m experiments.search_layer_skip"),
         ({"max_new_tokens": -1}, "max_new_tokens must be at least 0, got -1"),
         ({"gamma": -1}, "gamma must be at least 0, got -1"),
+        ({"seed": 2**63}, "seed must be in .0, 2.32., got 9223372036854775808"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
         ({"top_k": 0}, "top_k must be at least 1"),
         ({"checkpoint": pathlib.Path("nowhere")}, "checkpoint must be the output folder of a training run"),

@@ -6,7 +6,7 @@ from flax import nnx
 from rich.console import Console
 
 import spec_jax
-from experiments.samples import DRAFTED_STYLE, TARGET_STYLE, ByteText, print_samples, printable
+from experiments.samples import DRAFTED_STYLE, TARGET_STYLE, ByteText, print_samples, print_stream, printable
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,17 @@ def test_a_character_has_the_style_of_its_last_byte():
     ]
     characters.feed([0xE2], ["green"])
     assert characters.end().plain == "�"
+
+
+def test_a_prompt_may_end_within_a_character():
+    config = spec_jax.DecoderConfig(dim=16, depth=1, heads=1, dim_head=16)
+    target = spec_jax.Decoder(config, rngs=nnx.Rngs(0))
+    console, key, prompt = Console(file=io.StringIO(), width=200), jax.random.key(0), "aé".encode()[:2]
+    print_stream(console, target, None, prompt, max_new_tokens=5, key=key)
+    tokens = spec_jax.base_decoding(target, [list(prompt)], max_new_tokens=5, key=key).tokens[0, :5]
+    text = (prompt + bytes(tokens.tolist())).decode(errors="replace")
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue() == printable(text) + "\n"
 
 
 def test_tokens_that_are_no_bytes_are_shown_as_such():

@@ -152,8 +152,8 @@ def test_layer_search_is_found_by_generate(tmp_path, capsys, monkeypatch: pytest
     assert search_layer_skip.main(["--checkpoint", str(config.output), "--sequence-length", "16"]) == 0
     assert searched == [config.data]
     best = json.loads((config.output / "layer_skip.json").read_text())["best"]
-    for gamma in (None, 3):
-        drafter = load_run(config.output).drafter("layer-skip", gamma)
+    for gamma, folder in ((None, config.output), (3, config.output / "checkpoints")):
+        drafter = load_run(folder).drafter("layer-skip", gamma)
         assert isinstance(drafter, spec_jax.LayerSkip)
         assert drafter.gamma == (gamma or best["gamma"])
     assert list(drafter.skip_feed_forward) == best["skip_feed_forward"]
@@ -248,6 +248,7 @@ def test_the_target_does_not_depend_on_the_prophet():
         (lambda: compare_strategies.CompareConfig(gammas=(0, 1)), "gammas must be at least 1, got"),
         (lambda: compare_strategies.CompareConfig(repeats=0), "repeats must be at least 1, got 0"),
         (lambda: compare_strategies.CompareConfig(temperatures=(math.nan,)), "temperatures must be at least 0, got"),
+        (lambda: compare_strategies.CompareConfig(temperatures=(1.0, math.inf)), "temperature must be a finite number"),
         (lambda: compare_strategies.main(["--batches", "5000"]), "repeats · batches must be at most .*, got 15000"),
         (lambda: compare_strategies.CompareConfig(steps=0), "steps must be at least 1, got 0"),
         (lambda: compare_costs.CostConfig(gammas=(0,)), "gammas must be at least 1, got"),

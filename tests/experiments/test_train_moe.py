@@ -174,6 +174,11 @@ def test_variants_are_compared(tmp_path, monkeypatch: pytest.MonkeyPatch):
     assert (output / "experts.png").read_bytes().startswith(b"\x89PNG")
     table = (output / "experts.md").read_text().splitlines()
     assert [line.split(" | ")[0] for line in table[2:]] == ["| sparse", "| dense, equal FLOPs", "| capacity-2"]
+    study = compare_experts.CompareConfig(output=output, steps=4, data=str(tmp_path / "text.txt"))
+    alone = compare_experts.result_of("capacity-2", study.run("capacity-2", 0))
+    assert [list(panel.lines) for panel in compare_experts.panels([alone])[0]] == [["capacity-2"]] * 2
+    # Fewer steps than there are between two records make one all the same.
+    assert dataclasses.replace(study, steps=1).run("sparse", 0).log_every == 1
     trained = (output / "sparse_0" / "metrics.jsonl").stat().st_mtime_ns
     assert compare_experts.main(arguments) == 0
     assert (output / "sparse_0" / "metrics.jsonl").stat().st_mtime_ns == trained
@@ -199,6 +204,10 @@ def test_variants_are_compared(tmp_path, monkeypatch: pytest.MonkeyPatch):
         ),
         (lambda: compare_experts.CompareConfig(variants=()), "variants must have at least one name"),
         (lambda: compare_experts.CompareConfig(variants=("thin",)), "variants must be of sparse, .*, got 'thin'"),
+        (
+            lambda: compare_experts.CompareConfig(variants=("no-z-loss", "no-z-loss")),
+            "variants must be different ones, got no-z-loss no-z-loss",
+        ),
         (lambda: compare_experts.CompareConfig(steps=0), "steps must be at least 1, got 0"),
         (lambda: compare_experts.CompareConfig(seeds=0), "seeds must be at least 1, got 0"),
         (lambda: compare_experts.CompareConfig(batch_size=0), "batch_size must be at least 1, got 0"),

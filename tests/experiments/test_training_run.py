@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments import train_draft
+from experiments import session, train_draft
 from experiments.checkpoints import open_run
 from experiments.decoding_run import prompt
 from experiments.metrics import read_metrics
@@ -160,6 +160,8 @@ def output_kernel(config, step):
             {"prompt_length": 9000, "sample_every": 1, "overwrite": True},
             "prompt_length must .* of validation text",
         ),
+        ({"resume": True, "output": "run/checkpoints"}, "output must be the folder of the run, .*run, got that of its"),
+        ({"data": ".", "overwrite": True}, "output must be outside the folder of data, .*, got .*run"),
         ({"resume": True, "seed": 5}, r"these fields differ.*\n  seed: expected 0, got 5\n"),
         ({"resume": True, "data": "other.txt"}, r"\n  text: expected 'text.txt, SHA"),
         ({"data": "short.txt", "overwrite": True}, "data must have at least sequence_length"),
@@ -206,6 +208,37 @@ def test_overwrite_replaces_a_run(tmp_path):
         train(dataclasses.replace(config, resume=True))
     with pytest.raises(ValueError, match=message):
         finish(config, train_draft.task(config), Console(quiet=True))
+
+
+def test_a_study_deletes_only_what_it_began(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """A run without a checkpoint begins anew; somebody else's files are left alone."""
+    config = tiny_config(tmp_path, steps=4)
+
+    def start() -> int:
+        return finish(config, train_draft.task(config), Console(quiet=True))
+
+    mine = config.output / "checkpoints" / "mine"
+    mine.mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"output must be a folder without a run, got .*, which holds checkpoints"):
+        start()
+    assert mine.is_dir()
+    mine.rmdir()
+    (config.output / "checkpoints").rmdir()
+
+    def dies(*_) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(session, "_train", dies)
+        with pytest.raises(KeyboardInterrupt):
+            start()
+    (config.output / "report.json").write_text("of the first start")
+    other = dataclasses.replace(config, seed=1)
+    with pytest.raises(ValueError, match="output must be a folder without a run"):
+        finish(other, train_draft.task(other), Console(quiet=True))
+    assert start() == 0
+    assert not (config.output / "report.json").exists()
+    assert steps_kept(config) == [4]
 
 
 def test_wandb_that_is_not_installed(finished, monkeypatch):
