@@ -96,3 +96,14 @@ def test_steps_matter_to_a_schedule():
     config = TrainDraftConfig(schedule="cosine", steps=10)
     longer = dataclasses.replace(config, steps=20)
     assert differences(as_json(config), as_json(longer)) == ["steps: expected 10, got 20"]
+
+
+def test_adams_second_moment_decays_as_asked():
+    optimizer = RunConfig(adam_b2=0.5).optimizer()
+    _, after = optimizer.update(jnp.float32(0.1), optimizer.init(jnp.zeros(())))
+    np.testing.assert_allclose(optax.tree_utils.tree_get(after, "nu"), 0.5 * 0.1**2, rtol=1e-5)
+
+
+def test_the_cosine_ends_at_a_tenth():
+    cosine = rates(RunConfig(learning_rate=0.01, schedule="cosine", steps=10, warmup_steps=2), 15)
+    np.testing.assert_allclose(cosine[12:], 0.001, rtol=1e-3)

@@ -1,15 +1,19 @@
 import itertools
 import json
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 import spec_jax
-from experiments import figures
-from experiments.measure import alternate, leviathan_speedup, measure_decoding
+from experiments import figures, measure
+from experiments.measure import alternate, leviathan_speedup, measure_costs, measure_decoding
 from experiments.report import write_report
+from spec_jax import DecodeResult, Sampling, SmallModel
+from spec_jax.result import DecodeStats
 
 
 def model(seed, depth=1):
@@ -75,3 +79,53 @@ def test_measurements_of_a_draft_that_is_the_target(tmp_path):
 def test_figures_of_a_run_without_validation(tmp_path):
     figures.save_loss_curves(tmp_path / "loss.png", {"target": [(1, 2.0)]}, {"target": []})
     assert (tmp_path / "loss.png").exists()
+
+
+def decoded(**stats: Any) -> DecodeResult:
+    counts = DecodeStats(**{name: jnp.array(value) for name, value in stats.items()})
+    return DecodeResult(tokens=jnp.zeros((2, 8), jnp.int32), lengths=jnp.array([8, 8]), stats=counts)
+
+
+def test_of_given_seconds_and_counts():
+    """Milliseconds are of one row's token, whatever the batch; a row that drafts at all in a round drafts in it."""
+    result = decoded(rounds_b=[4, 4], refused_b=[1, 1], drafted_bj=[[2, 2], [1, 0]], accepted_bj=[[2, 1], [0, 0]])
+    drafter, cost = SmallModel(None, gamma=2), (0.25, 1.5)
+    found = measure._measurement("a", drafter, [2.0, 4.0, 6.0], [6.0, 4.0, 18.0], [result], cost)
+    assert (found.milliseconds_min, found.milliseconds_median) == (250, 500)
+    assert (found.speedup, found.speedup_of_minima) == (3, 2)
+    assert (found.drafting_rate, found.batch, found.gamma) == (3 / 8, 2, 2)
+    expected = leviathan_speedup(3 / 5, 2, draft_cost=0.25, scoring_cost=1.5, drafting_rate=3 / 8, batch=2)
+    assert found.predicted_speedup == pytest.approx(expected)
+
+
+def test_each_repeat_has_its_own_prompts_and_key(monkeypatch: pytest.MonkeyPatch):
+    """The same for plain decoding and for every drafter, whose times are compared within a repeat."""
+    seen = []
+
+    def spy(target: Any, *drafter_and_prompt: Any, key: jax.Array, **_: Any) -> DecodeResult:
+        seen.append((drafter_and_prompt[-1].tolist(), jax.random.key_data(key).tolist()))
+        return decoded(rounds_b=[8, 8], refused_b=[0, 0], drafted_bj=[[8], [8]], accepted_bj=[[0], [0]])
+
+    for name in ("base_decoding", "speculative_decoding"):
+        monkeypatch.setattr(measure.spec_jax, name, spy)
+    prompts, costs = [np.full((2, 3), repeat) for repeat in range(3)], {"plain": (0.0, 1.0), "a": (0.5, 1.0)}
+    drafters = {"a": SmallModel(None, gamma=1)}
+    measure_decoding(None, drafters, prompts, max_new_tokens=8, sampling=Sampling(), costs=costs)
+    assert seen[2::2] == seen[3::2]
+    assert [rows[0][0] for rows, _ in seen[2::2]] == [0, 1, 2]
+    assert len({tuple(key) for _, key in seen[2:]}) == 3
+
+
+def test_formula_where_rows_draft_now_and_then():
+    """Half of the rounds: (3 + 1) / 2 tokens; of two rows one or both draft in 3 of 4 rounds, which cost 1.5."""
+    got = leviathan_speedup(1.0, 2, draft_cost=0.0, scoring_cost=1.5, drafting_rate=0.5, batch=2)
+    assert got == pytest.approx(2 / (0.75 * 1.5 + 0.25))
+
+
+def test_costs_are_of_one_drafted_token_and_one_scored_window(monkeypatch: pytest.MonkeyPatch):
+    seconds = {"score plain": [2.0, 4.0], "score a": [5.0, 3.0], "draft a": [8.0, 6.0]}
+    monkeypatch.setattr(measure, "alternate", lambda calls, repeats: (seconds, {}))
+    monkeypatch.setattr(measure.StageLoops, "create", lambda *_, **__: None)
+    drafters = {"a": SmallModel(None, gamma=2)}
+    costs = measure_costs(None, drafters, np.ones((1, 1), int), max_new_tokens=4, sampling=Sampling())
+    assert costs == {"plain": (0, 1), "a": (6 / 2 / 2, 3 / 2)}

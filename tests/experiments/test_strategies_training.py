@@ -280,3 +280,13 @@ def test_costs_are_compared(tmp_path):
         (name, gamma) for gamma in (1, 2) for name in ("small draft", "early exit", "prophet", "n-gram")
     ]
     assert all(row["draft_cost"] > 0 and row["scoring_cost"] > 0 for row in rows)
+
+
+def test_own_samples_have_the_noise_of_the_seed():
+    tokens_bt = jnp.ones((2, 5), jnp.int32)
+    assert key_of(tokens_bt, 0) != key_of(tokens_bt, 1)
+
+
+def test_a_prompt_may_be_as_long_as_the_sequence():
+    """The sample is then the one token behind it that a row also has."""
+    DistillationConfig(weight=1.0, own_samples=True, prompt_length=8).check(8)

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from spec_jax import Decoder, DecoderConfig
-from spec_jax.layers import rotary_angles, rotate
+from spec_jax.layers import rms_norm, rotary_angles, rotate
 from tests.spec.transformers import CONFIG, transformer, uncached
 
 GROUPED = dataclasses.replace(CONFIG, heads=4, dim_head=8, kv_heads=2)
@@ -200,3 +200,29 @@ def test_bad_tokens(tokens: np.ndarray, message: str):
 def test_bad_configuration(arguments: dict, message: str):
     with pytest.raises(ValueError, match=message):
         DecoderConfig(**arguments)
+
+
+def test_scores_are_float32_under_bfloat16():
+    """256 and 257 are one number in bfloat16, and the softmax tells them apart."""
+    config = DecoderConfig(vocab_size=2, dim=4, depth=1, heads=1, dim_head=4, dtype="bfloat16")
+    attention = Decoder(config, rngs=nnx.Rngs(0)).blocks[0].attention
+    attention.to_out.kernel[...] = jnp.eye(4)
+    query_btnh = jnp.array([[[[32, 2, 0, 0]]]], jnp.bfloat16)
+    keys_bksh = jnp.array([[[[16, 0, 0, 0], [16, 1, 0, 0]]]], jnp.bfloat16)
+    values_bksh = jnp.eye(2, 4, dtype=jnp.bfloat16)[None, None]
+    mixed_btd = attention.attend(query_btnh, keys_bksh, values_bksh, jnp.array([[1]]))
+    np.testing.assert_allclose(mixed_btd[0, 0].astype(jnp.float32), [0.269, 0.731, 0, 0], atol=5e-3)
+
+
+def test_norm_epsilon_is_added_to_the_mean_square():
+    features_btd = np.random.default_rng(0).normal(size=(1, 3, CONFIG.dim)).astype(np.float32)
+    norm = rms_norm(dataclasses.replace(CONFIG, norm_epsilon=3.0), nnx.Rngs(0))
+    expected = features_btd / np.sqrt((features_btd**2).mean(-1, keepdims=True) + 3.0)
+    np.testing.assert_allclose(norm(jnp.asarray(features_btd)), expected, rtol=1e-5)
+
+
+def test_rotary_base():
+    cosine, sine = rotary_angles(jnp.array([[3]]), dataclasses.replace(CONFIG, rotary_base=100.0))
+    angle_h = 3 * 100.0 ** -(np.arange(8) / 8)
+    np.testing.assert_allclose(cosine.ravel(), np.cos(angle_h), atol=1e-6)
+    np.testing.assert_allclose(sine.ravel(), np.sin(angle_h), atol=1e-6)

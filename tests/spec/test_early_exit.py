@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from spec_jax import Decoder, DecoderConfig, EarlyExit
 from spec_jax.drafters.base import Proposal, Sequence
@@ -231,3 +232,58 @@ def test_bad_loss_input():
     recycling = transformer(0, dataclasses.replace(EXIT, early_exit_recycling=5))
     with pytest.raises(ValueError, match="key must be given for an exit with early_exit_recycling, got None"):
         early_exit_logits(recycling, TOKENS)
+
+
+def test_several_blocks_of_its_own_have_a_cache_each():
+    decoder = transformer(0, dataclasses.replace(EXIT, early_exit_extra_blocks=2))
+    assert decoder.early_exit is not None
+    early_btd, cache = decoder.early(TOKENS)[0], decoder.init_exit_cache(3, 12)
+    first_btv, cache = decoder.early_exit(early_btd[:, :7], cache)
+    assert cache is not None
+    second_btv, _ = decoder.early_exit(early_btd[:, 7:], cache.with_length(jnp.full((3,), 7)))
+    parts_btv = np.concatenate((first_btv, second_btv), axis=1)
+    np.testing.assert_allclose(parts_btv, decoder.early_exit(early_btd)[0], atol=2e-5)
+
+
+def test_blocks_of_its_own_get_the_slots_asked_for():
+    decoder = transformer(0, dataclasses.replace(EXIT, early_exit_extra_blocks=1))
+    state = EarlyExit().start(decoder, Sequence(TOKENS, jnp.array([1, 2, 6])), decoder(TOKENS), 32)
+    assert state.cache.size == 32
+
+
+def test_untrained_recycling_changes_nothing():
+    decoder = Decoder(dataclasses.replace(EXIT, early_exit_recycling=4), rngs=nnx.Rngs(0))
+    assert decoder.early_exit is not None
+    early_btd = decoder.early(TOKENS)[0]
+    with_some, without = (decoder.early_exit(early_btd, None, x)[0] for x in (early_btd + 1, jnp.zeros_like(early_btd)))
+    np.testing.assert_array_equal(with_some, without)
+
+
+def test_rounds_begin_at_a_random_place_of_each_row():
+    """Of 64 equal rows, hidden states are their positions counted from 1: all four ways to lay rounds of four come."""
+    decoder = transformer(0, dataclasses.replace(EXIT, early_exit_recycling=4))
+
+    class Counting:
+        config, early_exit = decoder.config, _Unnormed(decoder.early_exit)
+
+        def __call__(self, tokens_bt: jax.Array) -> Any:
+            output = decoder(tokens_bt)
+            position_1t1 = jnp.arange(1.0, 13.0)[None, :, None]
+            return dataclasses.replace(output, hidden=jnp.broadcast_to(position_1t1, output.hidden.shape))
+
+    counting: Any = Counting()
+    seen_btd = early_exit_logits(counting, jnp.tile(TOKENS[:1], (64, 1)), key=jax.random.key(0))[1]
+    assert len(np.unique(seen_btd[:, :, 0], axis=0)) == 4
+
+
+@pytest.mark.parametrize("length_b", [[1, 2, 5], [3, 4, 6]])
+def test_states_follow_each_rows_own_position(length_b: list[int]):
+    """After a round they are those of a start behind all that is then known."""
+    decoder = transformer(0, dataclasses.replace(EXIT, early_exit_recycling=3))
+    whole, drafter, emitted_b = decoder(TOKENS), EarlyExit(gamma=3), jnp.array([1, 4, 2])
+    before, after = (Sequence(TOKENS, jnp.array(length_b) + more) for more in (0, emitted_b))
+    index_bt1 = (before.length_b[:, None] - 1 + jnp.arange(4)[None, :])[:, :, None]
+    window = {name: jnp.take_along_axis(getattr(whole, name), index_bt1, axis=1) for name in ("hidden", "early_hidden")}
+    scored = dataclasses.replace(whole, **window)
+    updated = drafter.update((drafter.start(decoder, before, whole, 12), []), scored, emitted_b)
+    jax.tree.map(np.testing.assert_array_equal, updated, drafter.start(decoder, after, whole, 12))

@@ -186,3 +186,11 @@ def test_identical_draft_is_accepted(rule: str):
         assert int(result.stats.refused_b.sum()) == 0
         assert result.rounds.tolist() == [3] * 64
         assert result.accepted.tolist() == result.drafted.tolist() == [3 + 3 + 2] * 64
+
+
+def test_an_identical_draft_is_accepted_beyond_the_width_of_the_prompts():
+    """Its cache has slots for the output, too."""
+    target = random_toy(4, 4, zeros=0.1)
+    drafter = SmallModel(target, gamma=3)
+    result = speculative_decoding(target, drafter, [[1, 2]], max_new_tokens=100, key=jax.random.key(1))
+    assert result.rounds.tolist() == [25]

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spec_jax import Decoder, Sampling, base_decoding
-from spec_jax.interop import decoder_from_torch, torch_names
+from spec_jax import Decoder, DecoderConfig, Sampling, base_decoding
+from spec_jax.interop import decoder_from_torch, to_torch_names, torch_names
 from spec_jax.losses import next_token_loss
 from spec_jax.sampling import filtered_log_probs, keep_top_k
+from tests.spec.transformers import transformer
 
 DATA = pathlib.Path(__file__).parent.parent / "data"
 
@@ -107,3 +108,20 @@ def test_rotary_frequencies_may_be_missing():
     """They are recomputed, not loaded."""
     decoder = decoder_from_torch(without("rotary_emb.inv_freq"), **ARGUMENTS)
     np.testing.assert_allclose(decoder(jnp.asarray(CASE["tokens"])).logits, CASE["logits"], atol=2e-5, rtol=0)
+
+
+def test_what_is_written_is_read_back():
+    """Under every argument that the original has; linear layers are written as torch keeps them, (out, in)."""
+    shared: dict[str, Any] = {"dim": 8, "depth": 2, "heads": 2, "dim_head": 4, "ff_mult": 3, "early_exit_layer": 1}
+    shared["detach_early_exit_hiddens"] = True
+    decoder = transformer(0, DecoderConfig(vocab_size=7, early_exit_extra_blocks=1, **shared))
+    weights = to_torch_names(decoder)
+    assert weights["layers.1.1.1.weight"].shape == (24, 8)
+    back = decoder_from_torch(weights, num_tokens=7, early_exit_extra_transformer_blocks=1, **shared)
+    assert back.config == decoder.config
+    jax.tree.map(np.testing.assert_array_equal, back, decoder)
+
+
+def test_weights_of_half_precision_become_float32():
+    decoder = decoder_from_torch({name: value.astype(np.float16) for name, value in STATE.items()}, **ARGUMENTS)
+    assert {leaf.dtype for leaf in jax.tree.leaves(decoder)} == {jnp.dtype(jnp.float32)}

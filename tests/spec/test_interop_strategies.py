@@ -147,3 +147,16 @@ def test_projection_is_loaded():
     del weights["to_prophet_start_token.weight"]
     with pytest.raises(ValueError, match=r"missing \['to_prophet_start_token.weight'\]"):
         pair_from_torch(weights, model=PAIR_ARGUMENTS["model"], prophet=narrow)
+
+
+def test_the_wrappers_arguments_are_kept():
+    pair = pair_from_torch(
+        state(PAIR),
+        model=PAIR_ARGUMENTS["model"],
+        prophet=PAIR_ARGUMENTS["prophet"],
+        prophet_train_length=9,
+        num_leading_start_tokens=3,
+        detach_model_embed_for_prophet=True,
+    )
+    assert (pair.prophet_train_length, pair.prophet.num_leading_start_tokens) == (9, 3)
+    assert pair.detach_target_hiddens

@@ -107,3 +107,11 @@ def test_bad_input(logits, tokens, mask, message):
 def test_float_tokens_are_refused():
     with pytest.raises(ValueError, match="integers, got \\(3, 5\\) float32"):
         next_token_loss(jnp.zeros((3, 5, 7)), jnp.zeros((3, 5)))
+
+
+def test_distillation_of_bfloat16_logits_is_float32():
+    rng = np.random.default_rng(0)
+    rounded = [jnp.asarray(rng.normal(size=(3, 5, 7)), jnp.bfloat16) for _ in range(2)]
+    loss = distillation_loss(*rounded)
+    assert loss.dtype == jnp.float32
+    np.testing.assert_allclose(loss, distillation_loss(*(x.astype(jnp.float32) for x in rounded)), rtol=1e-6)

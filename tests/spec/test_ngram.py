@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from jax.core import Tracer
 
-from spec_jax import NGram, Sampling, decoding, speculative_decoding
+from spec_jax import NGram, Sampling, decoding, loop, speculative_decoding
 from spec_jax.drafters.base import Sequence
 from spec_jax.drafters.ngram import lookup
+from spec_jax.verification import Draft
 from tests.spec.toys import deterministic_toy, random_toy
 from tests.spec.transformers import transformer
 
@@ -132,3 +133,9 @@ def test_smallest_gammas(gamma: int):
         deterministic_toy([1, 0]), NGram(gamma=gamma), [[0]], max_new_tokens=9, key=jax.random.key(0)
     )
     assert result.tokens[0].tolist() == [1, 0, 1, 0, 1, 0, 1, 0, 1]
+
+
+def test_finished_rows_draft_nothing():
+    """Else a finished row that repeats itself would have the others scored over a whole window, round after round."""
+    draft = Draft(jnp.zeros((2, 3), jnp.int32), jnp.zeros((2, 3, 4)), jnp.array([3, 2]))
+    assert loop._usable(draft, jnp.array([True, False])).count_b.tolist() == [0, 2]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from spec_jax import DecodeResult, Sampling, SmallModel, base_decoding, speculative_decoding
+from spec_jax.noise import Purpose, position_gumbel, round_noise
 from tests.spec.toys import random_toy
 from tests.spec.transformers import compare, near, ragged_prompts, transformer
 
@@ -133,3 +136,24 @@ def test_transformer_rows_alone():
     everyone = run(np.arange(64))
     for row in range(0, 64, 8):
         np.testing.assert_array_equal(run(np.array([row])).tokens[0], everyone.tokens[row])
+
+
+def test_no_rows_places_and_purposes_share_their_noise():
+    """Were two of the three added up, a row would see the noise of its neighbour, a place or a purpose further."""
+    key, places = jax.random.key(0), np.array(list(itertools.product(range(4), range(1, 5))))
+    row_n, start_n = jnp.asarray(places[:, 0], jnp.uint32), jnp.asarray(places[:, 1])
+
+    def bits(key: jax.Array, shape: tuple[int, ...], _: Any) -> jax.Array:
+        return jax.random.bits(key, shape)
+
+    streams_pn = np.stack([round_noise(key, purpose, row_n, start_n, (), bits) for purpose in Purpose])
+    assert len(np.unique(streams_pn)) == streams_pn.size
+    positions = position_gumbel(key, row_n[::4], jnp.broadcast_to(jnp.arange(1, 5)[None], (4, 4)), 1)
+    assert len(np.unique(positions)) == positions.size
+
+
+def test_keys_of_the_old_style_are_the_new_ones():
+    """All of the key counts: the first half of those of small seeds is 0."""
+    keys = jax.random.PRNGKey(7), jax.random.key(7), jax.random.PRNGKey(8)
+    tokens = [base_decoding(random_toy(0, 4), [[1]], max_new_tokens=20, key=key).tokens.tolist() for key in keys]
+    assert tokens[0] == tokens[1] != tokens[2]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +13,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from spec_jax import Sampling, SmallModel, loop, speculative_decoding
+from spec_jax import Sampling, SmallModel, loop, noise, speculative_decoding
 from spec_jax import decoding as decoding_module
-from spec_jax.noise import position_gumbel
+from spec_jax.noise import Purpose, position_gumbel, round_noise
 from spec_jax.sampling import draw, filtered_log_probs
 from tests.spec.reference import Filters, filtered_probs, softmax
 from tests.spec.toys import random_toy
@@ -189,3 +191,34 @@ def test_draft_and_target_are_filtered_by_one_function(monkeypatch: pytest.Monke
     assert sorted(set(shapes)) == [(1, 3, 4), (1, 4)]
     assert shapes.count((1, 4)) == 2 * shapes.count((1, 3, 4))
     assert "filtered_log_probs" not in inspect.getsource(SmallModel)
+
+
+def test_drafts_and_corrections_take_the_noise_of_large_vocabularies(monkeypatch: pytest.MonkeyPatch):
+    samplers = {}
+
+    def spy(key: jax.Array, purpose: Purpose, *others: Any) -> jax.Array:
+        samplers[purpose] = others[-1]
+        return round_noise(key, purpose, *others)
+
+    monkeypatch.setattr(loop, "round_noise", spy)
+    target, drafter = random_toy(0, 4), SmallModel(random_toy(1, 4), gamma=2)
+    prepared = decoding_module._prepare(
+        target, drafter, [[1]], None, 3, jax.random.key(0), Sampling(), None, 0, "rejection", 1.0, None, None
+    )
+    program = functools.partial(loop.decode, size=prepared.size, width=64)
+    jax.eval_shape(program, target, drafter, prepared.prompt_bp, prepared.prompt_length_b, prepared.request)
+    gumbel = noise.gumbel
+    assert samplers == {
+        Purpose.DRAFT: gumbel,
+        Purpose.RESIDUAL: gumbel,
+        Purpose.ACCEPTANCE: jax.random.uniform,
+    }
+
+
+def test_a_mass_that_top_p_equals_is_reached():
+    np.testing.assert_allclose(probs_of(np.log([0.5, 0.25, 0.25]), top_p=0.5), [1, 0, 0], atol=1e-6)
+
+
+def test_top_k_as_an_integer_of_numpy():
+    top_k: Any = np.int64(2)
+    np.testing.assert_allclose(probs_of(np.log([0.4, 0.3, 0.2, 0.1]), top_k=top_k), [4 / 7, 3 / 7, 0, 0], atol=1e-6)

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from spec_jax import Drafter, Sampling, SmallModel, base_decoding, decoding, speculative_decoding, stream
-from spec_jax.sharding import decoder_shardings
+from spec_jax.sharding import decoder_shardings, over_rows
 from tests.spec.strategies import NAMES, strategy
 from tests.spec.transformers import CONFIG, compare, near, ragged_prompts, transformer
 
@@ -157,3 +158,18 @@ def test_what_is_cut():
     for sizes in ({"data": 8}, {"model": 5}):
         found = {sharding.spec for sharding in jax.tree.leaves(decoder_shardings(target, mesh_of(sizes)))}
         assert found == {PartitionSpec()}
+
+
+def test_all_that_is_cut():
+    """What the first product of a layer cuts, the second sums over."""
+    mesh = mesh_of({"model": 2})
+    feed_forward: Any = decoder_shardings(transformer(0), mesh).blocks[0].feed_forward
+    assert place(feed_forward.up.kernel).spec == jax.sharding.PartitionSpec(None, "model")
+    assert place(feed_forward.down.kernel).spec == jax.sharding.PartitionSpec("model")
+
+
+def test_rows_under_a_shard_map_are_cut_already():
+    rows, spec = jnp.ones((4, 3)), jax.sharding.PartitionSpec("data")
+    with jax.set_mesh(mesh_of({"data": 2})):
+        mapped = jax.jit(jax.shard_map(over_rows, in_specs=spec, out_specs=spec))(rows)
+    np.testing.assert_array_equal(mapped, rows)

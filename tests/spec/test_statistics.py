@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from spec_jax import DecodeResult, Sampling, SmallModel, base_decoding, speculative_decoding, stream
+from spec_jax.result import DecodeStats
 from tests.spec.toys import Toy, deterministic_toy, random_toy
 from tests.spec.transformers import ragged_prompts
 
@@ -174,3 +176,18 @@ def test_what_always_holds(rule: str, eos_id: int | None):
             assert eos_id not in tokens[row, : length - 1]
             assert length == 20 or tokens[row, length - 1] == eos_id
             assert 1 <= length <= 20
+
+
+def test_rates_are_over_all_rows_together():
+    """Not means of the rows' own rates: a row of many rounds counts more, and one without a draft is no NaN."""
+    stats = DecodeStats(
+        rounds_b=jnp.array([4, 1]),
+        refused_b=jnp.array([1, 0]),
+        drafted_bj=jnp.array([[4, 4], [1, 0]]),
+        accepted_bj=jnp.array([[3, 2], [1, 0]]),
+    )
+    result = DecodeResult(tokens=jnp.zeros((2, 9), jnp.int32), lengths=jnp.array([9, 2]), stats=stats)
+    np.testing.assert_allclose(result.acceptance_by_position, [4 / 5, 2 / 4])
+    np.testing.assert_allclose(result.acceptance_rate, 6 / 7, rtol=1e-6)
+    np.testing.assert_allclose(result.mean_accepted_length, 6 / 5, rtol=1e-6)
+    np.testing.assert_allclose(result.block_efficiency, 11 / 5, rtol=1e-6)

@@ -8,6 +8,7 @@ from typing import Any
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -24,7 +25,9 @@ from spec_jax import (
     stream,
 )
 from spec_jax import decoding as decoding_module
+from spec_jax.drafters.base import Sequence
 from tests.spec.strategies import NAMES, random_pair, strategy
+from tests.spec.test_early_exit import TOKENS
 from tests.spec.test_equality import SAMPLINGS
 from tests.spec.toys import random_toy
 from tests.spec.transformers import CONFIG, Comparison, compare, ragged_prompts, transformer
@@ -177,3 +180,20 @@ def test_bad_input(target: Any, drafter: Drafter, message: str):
     for decode in (speculative_decoding, stream):
         with pytest.raises(ValueError, match=re.escape(message)):
             decode(target, drafter, [[1, 2]], max_new_tokens=4, key=jax.random.key(0))
+
+
+def test_layer_skip_drafts_with_the_thinned_model():
+    """Only the last attention is left out, so that all that is read in the cache is as one thinned forward has it."""
+    target, length_b = transformer(0), jnp.array([1, 4, 8])
+    sequence, seen = Sequence(TOKENS, length_b), []
+
+    def choose(logits_bv: jax.Array, offset: int) -> tuple[jax.Array, jax.Array]:
+        seen.append(logits_bv)
+        return sequence.window(length_b + offset, 1)[:, 0], jax.nn.log_softmax(logits_bv)
+
+    cache = target(TOKENS, target.init_cache(3, 16)).cache
+    assert cache is not None
+    LayerSkip((1,), (), gamma=3).propose(target, sequence, cache.with_length(length_b - 1), (), choose)
+    thinned_btv = target.without(TOKENS, None, attention=(1,))[0]
+    index_bj1 = (length_b[:, None] - 1 + jnp.arange(3)[None, :])[:, :, None]
+    np.testing.assert_allclose(np.stack(seen, 1), jnp.take_along_axis(thinned_btv, index_bj1, axis=1), atol=2e-5)

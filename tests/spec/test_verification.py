@@ -210,3 +210,12 @@ def test_lenient_rejection_has_the_documented_law(lenience: float):
     )
     first_b = np.where(np.asarray(verdict.accepted_b) > 0, tokens_bj[:, 0], np.asarray(verdict.next_token_b))
     assert fit(np.bincount(first_b, minlength=4), law).p_value > 0.001
+
+
+def test_block_corrects_from_what_the_prefix_reaches():
+    """r_1 = 1/2, so max(r·p − q, 0) is 4 : 1 where max(p − q, 0) is 2 : 1; a noise of 1 tells the two apart."""
+    target_1tv = np.array([[[0.4, 0.6, 0.0, 0.0], [0.6, 0.4, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]])
+    draft_1jv = np.array([[[0.8, 0.2, 0.0, 0.0], [0.1, 0.15, 0.75, 0.0]]])
+    draft, gumbel_1v = as_draft(np.array([[0, 2]], np.int32), draft_1jv), jnp.array([[0.0, 1.0, 0.0, 0.0]])
+    verdict = verification.block(draft, log32(target_1tv), jnp.array([[0.0, 1.0]]), gumbel_1v)
+    assert (verdict.accepted_b.tolist(), verdict.next_token_b.tolist()) == ([1], [0])
