@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from spec_jax.drafters.base import Drafter, LanguageModel
+from spec_jax.integers import is_integer
 from spec_jax.sampling import Sampling
 from spec_jax.verification import Verification
 
@@ -55,7 +56,7 @@ def checked_drafter(target: LanguageModel, drafter: Drafter, verification: str, 
     """
     if not isinstance(drafter, Drafter):
         raise ValueError(f"drafter must be a spec_jax.Drafter, such as SmallModel(draft), got {drafter!r}")
-    if not _is_integer(drafter.gamma) or drafter.gamma < 0:
+    if not is_integer(drafter.gamma) or drafter.gamma < 0:
         raise ValueError(f"gamma must be an integer >= 0, got {drafter.gamma!r}")
     drafter.check(target)
     if drafter.vocab_size is not None and drafter.vocab_size != target.vocab_size:
@@ -85,7 +86,7 @@ def checked_vocab_size(name: str, model: Any) -> int:
       ValueError: it is no model.
     """
     vocab_size: Any = getattr(model, "vocab_size", None)
-    if not callable(model) or not _is_integer(vocab_size):
+    if not callable(model) or not is_integer(vocab_size):
         raise ValueError(f"{name} must be a model, such as a spec_jax.Decoder, got {model!r}")
     return vocab_size
 
@@ -145,7 +146,7 @@ def checked_token(name: str, token: int, vocab_size: int) -> jax.Array:
     Raises:
       ValueError: not an integer, or outside the vocabulary.
     """
-    if not _is_integer(token) or not 0 <= token < vocab_size:
+    if not is_integer(token) or not 0 <= token < vocab_size:
         raise ValueError(f"{name} must be a token in [0, {vocab_size}), got {token!r}")
     return jnp.int32(token)
 
@@ -156,7 +157,7 @@ def checked_pad(pad_id: int) -> jax.Array:
     Raises:
       ValueError: not an integer, or too large for int32.
     """
-    if not _is_integer(pad_id) or not -(2**31) <= pad_id < 2**31:
+    if not is_integer(pad_id) or not -(2**31) <= pad_id < 2**31:
         raise ValueError(f"pad_id must be an integer of 32 bits, got {pad_id!r}")
     return jnp.int32(pad_id)
 
@@ -173,12 +174,12 @@ def checked_size(cache_size: int | None, *, width: int, max_new_tokens: int, gam
     Raises:
       ValueError: negative `max_new_tokens`, or a cache too small.
     """
-    if not _is_integer(max_new_tokens) or max_new_tokens < 0:
+    if not is_integer(max_new_tokens) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be an integer >= 0, got {max_new_tokens!r}")
     if cache_size is None:
         return bucket(width + bucket(int(max_new_tokens)) + gamma + 1)
     needed = width + int(max_new_tokens) + gamma + 1
-    if not _is_integer(cache_size) or cache_size < needed:
+    if not is_integer(cache_size) or cache_size < needed:
         raise ValueError(
             f"cache_size must be at least {needed} (prompt {width} + max_new_tokens {max_new_tokens} + "
             f"gamma {gamma} + 1), got {cache_size}"
@@ -191,7 +192,3 @@ def _array(name: str, value: ArrayLike) -> np.ndarray:
         return np.asarray(value)
     except ValueError as error:  # Rows of different lengths.
         raise ValueError(f"{name} must be one rectangular array, padded where rows are shorter: {error}") from None
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
-from typing import Any, Literal
+from typing import Literal
+
+from spec_jax.integers import check_integer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "depth", "heads", "dim_head", "ff_mult", "num_kv_heads"):
-            _check_whole(name.removeprefix("num_"), getattr(self, name), 1)
+            check_integer(name.removeprefix("num_"), getattr(self, name), 1)
         if not 0 < self.rotary_base < math.inf:
             raise ValueError(f"rotary_base must be a finite number above 0, got {self.rotary_base}")
         if not 0 <= self.norm_epsilon < math.inf:
@@ -62,7 +63,7 @@ class DecoderConfig:
         if self.early_exit_layer is not None and not 1 <= self.early_exit_layer < self.depth:
             raise ValueError(f"early_exit_layer must be in [1, depth = {self.depth}), got {self.early_exit_layer}")
         for name in ("early_exit_extra_blocks", "early_exit_recycling"):
-            _check_whole(name, getattr(self, name), 0)
+            check_integer(name, getattr(self, name), 0)
         if self.early_exit_layer is None:
             for name in ("early_exit_extra_blocks", "detach_early_exit_hiddens", "early_exit_recycling"):
                 if value := getattr(self, name):
@@ -72,10 +73,3 @@ class DecoderConfig:
     def num_kv_heads(self) -> int:
         """Key-value heads, with the default resolved."""
         return self.heads if self.kv_heads is None else self.kv_heads
-
-
-def _check_whole(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise ValueError(f"{name} must be an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from spec_jax.drafters.base import Choose, Drafter, LanguageModel, Output, Proposal, Sequence
+from spec_jax.integers import check_integer
 from spec_jax.verification import Draft
 
 
@@ -54,11 +54,10 @@ class NGram(Drafter):
         """Raises ValueError unless 1 ≤ min_ngram ≤ max_ngram, both integers."""
         del target
         for name in ("min_ngram", "max_ngram"):
-            if not isinstance(value := getattr(self, name), numbers.Integral):
-                raise ValueError(f"{name} must be an integer, got {value!r}")
-        if not 1 <= self.min_ngram <= self.max_ngram:
+            check_integer(name, getattr(self, name), 1)
+        if self.min_ngram > self.max_ngram:
             raise ValueError(
-                f"min_ngram must be in [1, max_ngram], got min_ngram {self.min_ngram} and max_ngram {self.max_ngram}"
+                f"min_ngram must be at most max_ngram, got min_ngram {self.min_ngram} and max_ngram {self.max_ngram}"
             )
 
     def propose(
