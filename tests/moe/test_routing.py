@@ -350,6 +350,13 @@ def test_biased_groups_are_ranked_by_the_sum_of_scores_and_biases():
     np.testing.assert_array_equal(chosen.expert_index_ta, [[0, 1]])
 
 
+def test_experts_of_other_groups_are_not_chosen_where_biases_make_all_scores_negative():
+    bias_e = jnp.asarray([-0.4, -0.4, -0.9, -0.9])
+    router = TopN(policy_train="all", bias=True, expert_groups=2, expert_groups_kept=1)
+    chosen = router.choose(inputs([[0.3, 0.15, 0.5, 0.05]], bias_e=bias_e), train=True)
+    np.testing.assert_array_equal(chosen.expert_index_ta, [[0, 1]])
+
+
 def test_noise_decides_whom_an_expert_chooses_and_weights_nothing():
     chosen = ExpertChoice().choose(inputs(PROBS, selection_logits_te=jnp.log(jnp.asarray(NOISED))), train=True)
     np.testing.assert_allclose(jnp.exp(chosen.priority_ta), NOISED, rtol=1e-5)
