@@ -75,7 +75,7 @@ class CompareConfig:
         at_least(1, self, "steps", "gammas", "batches", "repeats", "generate_length")
         at_least(0, self, "temperatures")
         for temperature in self.temperatures:
-            spec_jax.Sampling(temperature=temperature).checked()
+            spec_jax.Sampling(temperature=temperature).check()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,9 +294,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     require_one_process()
     console = Console()
     use_compilation_cache()
-    _, run = train_draft.PRESETS[config.preset]
+    _, preset = train_draft.PRESETS[config.preset]
     # Before anything is trained: raises where there are too few.
-    prompts_of(load_text(run.data).test, "code", count=config.repeats * max(config.batches), length=run.prompt_length)
+    prompts_of(
+        load_text(preset.data).test, "code", count=config.repeats * max(config.batches), length=preset.prompt_length
+    )
     make_folder(config.output)
     shared = train_all(config, console)
     rows = measure_all(config, shared, console)

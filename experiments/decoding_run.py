@@ -51,9 +51,7 @@ class DecodingRunConfig(RunConfig):
             raise ValueError(f"target.vocab_size must hold all 256 bytes, got {self.target.vocab_size}")
         at_least(1, self, "prompt_length", "generate_length", "report_repeats")
         at_least(0, self, "gamma")
-        # Not `sampling.checked()`: it makes arrays, and no array may be made before `jax.distributed` starts.
-        if not 0 <= self.temperature <= float(np.finfo(np.float32).max):
-            raise ValueError(f"temperature must be a finite number >= 0, got {self.temperature}")
+        self.sampling.check()
 
     @property
     def sampling(self) -> spec_jax.Sampling:

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from experiments.checks import at_least
 from moe_jax import FeedForward, MoE, MoEConfig, MoEOutput, RMSNorm, SparseMoEBlock, TopN, param_shardings
+from moe_jax.checks import renamed
 from spec_jax import Decoder, DecoderConfig
 from spec_jax.layers import FeedForward as DecoderFeedForward
 from spec_jax.layers import rotary_angles
@@ -74,8 +75,7 @@ class ExpertsConfig:
         try:
             self.layer(dim=2)
         except ValueError as error:
-            name, _, rest = str(error).partition(" ")
-            raise ValueError(f"experts.{OUR_NAMES.get(name, name)} {rest}") from error
+            raise renamed(error, OUR_NAMES, prefix="experts.") from error
 
     def check(self, config: DecoderConfig) -> None:
         """Raises ValueError where a decoder of this size cannot have these mixtures."""

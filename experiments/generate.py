@@ -123,7 +123,7 @@ class GenerateConfig:
             raise ValueError(f"drafter must be one of {', '.join(get_args(DrafterName))}, got {self.drafter!r}")
         at_least(0, self, "max_new_tokens", "gamma")
         check_seed(self.seed)
-        self.sampling.checked()
+        self.sampling.check()
 
     @property
     def sampling(self) -> spec_jax.Sampling:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 import secrets
 import shutil
+from collections.abc import Mapping
+from typing import Any
 
 from experiments import checkpoints, metrics
 
@@ -70,3 +73,16 @@ def prepare_output(output: pathlib.Path, *, resume: bool, overwrite: bool) -> No
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def write_configuration(output: pathlib.Path, configuration: Mapping[str, Any]) -> None:
+    """Says, before there is a checkpoint, which run has begun in a folder."""
+    (output / CONFIGURATION).write_text(json.dumps(configuration, indent=1) + "\n")
+
+
+def read_configuration(output: pathlib.Path) -> Any:
+    """The configuration of the run that has begun in a folder, None where none has."""
+    try:
+        return json.loads((output / CONFIGURATION).read_text())
+    except (OSError, ValueError):
+        return None

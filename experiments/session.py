@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,7 +16,7 @@ from experiments.checkpoints import Checkpoints, newest, open_run, run_folder
 from experiments.config import RunConfig, as_json, differences
 from experiments.data import Text, is_read, load_text
 from experiments.metrics import Metrics, wandb_module
-from experiments.output import CONFIGURATION, prepare_output
+from experiments.output import prepare_output, read_configuration, write_configuration
 from experiments.progress import TrainingProgress
 from experiments.runtime import start_processes, use_compilation_cache
 from experiments.signals import StopRequest
@@ -124,7 +123,7 @@ def run(config: RunConfig, task: Task, console: Console | None = None, *, go_on:
     if first_process or config.resume:
         prepare_output(config.output, resume=config.resume, overwrite=config.overwrite)
     if first_process and not config.resume:
-        (config.output / CONFIGURATION).write_text(json.dumps(configuration, indent=1) + "\n")
+        write_configuration(config.output, configuration)
     if config.resume:
         # Refused before the log is cut and before temporary folders of the old run are swept up.
         with open_run(config.output) as checkpoints:
@@ -172,7 +171,7 @@ def finish(config: RunConfig, task: Task, console: Console) -> int:
     wanted = _configuration(config, task, load_text(config.data))
     if found is None:
         # It begins anew if it ended before its first checkpoint. What else may be there is not to be deleted.
-        begun = _begun(config.output) == wanted
+        begun = read_configuration(config.output) == wanted
         return run(dataclasses.replace(config, overwrite=begun), task, console, go_on=SAME_COMMAND)
     step, configuration = found
     if different := differences(configuration, wanted):
@@ -187,14 +186,6 @@ def finish(config: RunConfig, task: Task, console: Console) -> int:
 def _configuration(config: RunConfig, task: Task, text: Text) -> dict[str, Any]:
     """What a run is, as its checkpoints keep it."""
     return {"kind": task.kind, "text": f"{text.name}, SHA-256 {text.fingerprint()}", **as_json(config)}
-
-
-def _begun(output: pathlib.Path) -> Any:
-    """The configuration of the run that was begun in a folder, None where there is none."""
-    try:
-        return json.loads((output / CONFIGURATION).read_text())
-    except (OSError, ValueError):
-        return None
 
 
 def _check_steps(trained: int, config: RunConfig) -> None:

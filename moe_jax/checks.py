@@ -2,6 +2,7 @@
 
 import math
 import numbers
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -59,6 +60,18 @@ def floating(name: str, dtype: Any) -> None:
         fits = False
     if not fits:
         raise ValueError(f"{name} must be floating point, got {dtype}")
+
+
+def renamed(error: ValueError, names: Mapping[str, str], prefix: str = "") -> ValueError:
+    """An error of this module's form about an argument that the user knows by another name.
+
+    Args:
+      error: its message begins with the argument.
+      names: of ours, the user's where they differ.
+      prefix: what the user's begin with.
+    """
+    name, _, rest = str(error).partition(" ")
+    return ValueError(f"{prefix}{names.get(name, name)} {rest}")
 
 
 def _finite(value: Any) -> bool:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax.checks import flag
+from moe_jax.checks import flag, renamed
 from moe_jax.config import MoEConfig
 from moe_jax.coordinate_descent import CoordinateDescent
 from moe_jax.dispatch import Dispatch
@@ -73,8 +73,7 @@ def config_from_torch(
             init="original",
         )
     except ValueError as error:
-        name, _, rest = str(error).partition(" ")
-        raise ValueError(f"{THEIR_NAMES.get(name, name)} {rest}") from error
+        raise renamed(error, THEIR_NAMES) from error
 
 
 def moe_from_torch(state_dict: StateDict, **args: Any) -> MoE:

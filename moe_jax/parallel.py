@@ -82,13 +82,15 @@ def placement(config: MoEConfig, mesh: Mesh | None) -> Placement | None:
         if mesh is not None:
             raise ValueError(f"mesh must have an axis {names[0]!r} or {names[1]!r}, got {mesh.axis_names}")
         return None
-    for name, kind in zip(found.axis_names, found.axis_types):
-        if name in axes and kind == AxisType.Manual:
+    kinds = dict(zip(found.axis_names, found.axis_types))
+    for name in axes:
+        kind = kinds[name]
+        if kind == AxisType.Manual:
             raise ValueError(
                 f"mesh axis {name!r} must be left to the layer, got it in a jax.shard_map over it: leave it out of "
                 "that one's axis_names, or call the layer's axes otherwise (data_axis, expert_axis)"
             )
-        if name in axes and kind != AxisType.Auto:
+        if kind != AxisType.Auto:
             raise ValueError(
                 f"mesh axis {name!r} must be of type Auto, got {kind.name}: jax.make_mesh(..., axis_types=...)"
             )

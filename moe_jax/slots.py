@@ -4,6 +4,7 @@ One mechanism serves every slot order, group size and mask: assignments are sort
 and an assignment's place in its queue is its slot, if the queue's limit reaches that far.
 """
 
+import math
 from typing import get_args
 
 import jax
@@ -139,11 +140,9 @@ def assign_slots(
         raise ValueError(f"num_experts must be the choice's {choice.probs_te.shape[1]}, got {num_experts}")
     if capacity_factor is not None:
         positive("capacity_factor", capacity_factor, otherwise=" or None")
-    if num_experts * groups.num_groups * choice.expert_index_ta.shape[1] >= 2**31:
-        raise ValueError(
-            f"num_experts · groups · choices must be below 2^31 (int32), got {num_experts} · {groups.num_groups} · "
-            f"{choice.expert_index_ta.shape[1]}"
-        )
+    sizes = num_experts, groups.num_groups, choice.expert_index_ta.shape[1]
+    if math.prod(sizes) >= 2**31:
+        raise ValueError(f"num_experts · groups · choices must fit int32, got {' · '.join(map(str, sizes))}")
     # The number of real tokens decides, not the padded length: a padded batch drops what the compacted one drops.
     limit_by_count = _capacity_table(np.arange(groups.size + 1), num_experts, capacity_factor, min_capacity)
     slots = int(limit_by_count[-1])

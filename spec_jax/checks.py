@@ -79,18 +79,6 @@ def checked_drafter(target: LanguageModel, drafter: Drafter, verification: str, 
     return rule
 
 
-def checked_vocab_size(name: str, model: Any) -> int:
-    """The model's number of tokens.
-
-    Raises:
-      ValueError: it is no model.
-    """
-    vocab_size: Any = getattr(model, "vocab_size", None)
-    if not callable(model) or not is_integer(vocab_size):
-        raise ValueError(f"{name} must be a model, such as a spec_jax.Decoder, got {model!r}")
-    return vocab_size
-
-
 def checked_sampling(sampling: Any) -> Sampling:
     """The same with float32 scalars.
 

@@ -13,7 +13,7 @@ from flax import struct
 from numpy.typing import ArrayLike
 
 from spec_jax import checks, loop
-from spec_jax.drafters.base import Drafter, LanguageModel
+from spec_jax.drafters.base import Drafter, LanguageModel, check_model
 from spec_jax.drafters.plain import Plain
 from spec_jax.result import DecodeResult
 from spec_jax.sampling import Sampling
@@ -210,7 +210,8 @@ def _prepare(
     cache_size: int | None,
 ) -> _Prepared:
     """Checks the arguments and pads the prompt to its bucket."""
-    vocab_size = checks.checked_vocab_size("target", target)
+    check_model("target", target)
+    vocab_size = target.vocab_size
     rule = checks.checked_drafter(target, drafter, verification, lenience)
     prompt_bp, prompt_length_b = checks.checked_prompt(prompt, prompt_length, vocab_size)
     batch, width = prompt_bp.shape

@@ -14,7 +14,7 @@ from spec_jax.noise import Purpose, gumbel, position_gumbel, round_noise
 from spec_jax.result import DecodeResult, DecodeStats
 from spec_jax.sampling import Sampling, draw, filtered_log_probs
 from spec_jax.sharding import over_rows
-from spec_jax.verification import Draft, Verdict, Verification, block, coupled, rejection
+from spec_jax.verification import Draft, Verdict, Verification, block, coupled, leading, rejection
 
 
 @struct.dataclass
@@ -197,8 +197,7 @@ def _usable(draft: Draft, done_b: jax.Array) -> Draft:
 
     Finished rows draft nothing: a strategy that scores less where no row has drafted does not wait for them.
     """
-    real_bj = ~jnp.isnan(draft.log_probs_bjv).any(axis=-1)
-    real_b = jnp.cumprod(real_bj.astype(jnp.int32), axis=1).sum(axis=1)
+    real_b = leading(~jnp.isnan(draft.log_probs_bjv).any(axis=-1))
     return dataclasses.replace(draft, count_b=jnp.where(done_b, 0, jnp.minimum(draft.count_b, real_b)))
 
 

@@ -36,12 +36,8 @@ class Sampling:
     top_p: Scalar = 1.0
     min_p: Scalar = 0.0
 
-    def checked(self) -> Sampling:
-        """The same with float32 scalars, after checking every value the host can see.
-
-        Raises:
-          ValueError: a value outside its range.
-        """
+    def check(self) -> None:
+        """Raises ValueError where a value that the host can see is outside its range. Makes no array."""
         _require("temperature", self.temperature, lambda x: 0 <= x <= float(_FLOAT32.max), "a finite number >= 0")
         _require("top_p", self.top_p, lambda x: 0 < x <= 1, "in (0, 1]")
         _require("min_p", self.min_p, lambda x: 0 <= x <= 1, "in [0, 1]")
@@ -51,6 +47,10 @@ class Sampling:
             raise ValueError(f"top_k must be at least 1, got {self.top_k}")
         if isinstance(self.top_k, float) and not 0 <= self.top_k < 1:
             raise ValueError(f"top_k as a fraction must be in [0, 1), got {self.top_k}")
+
+    def checked(self) -> Sampling:
+        """The same with float32 scalars, after `check`."""
+        self.check()
         return dataclasses.replace(
             self,
             temperature=jnp.asarray(self.temperature, jnp.float32),

@@ -80,7 +80,7 @@ def rejection(
     target_prob_bj = _of_tokens(target_probs_btv, draft.tokens_bj)
     # Strict, so that a token of target probability 0 is refused even by u = 0.
     accept_bj = (uniform_bj * lenience * draft_prob_bj < target_prob_bj) & _drafted(draft)
-    accepted_b = _leading(accept_bj)
+    accepted_b = leading(accept_bj)
     target_bv, draft_bv = _at(target_probs_btv, accepted_b), _at(draft_probs_btv, accepted_b)
     return Verdict(accepted_b, _draw_residual(target_bv, draft_bv, target_bv, gumbel_bv))
 
@@ -134,7 +134,7 @@ def coupled(draft: Draft, target_log_probs_btv: jax.Array, gumbel_btv: jax.Array
     """
     target_tokens_bt = draw(target_log_probs_btv, gumbel_btv)
     agree_bj = (draft.tokens_bj == target_tokens_bt[:, :-1]) & _drafted(draft)
-    accepted_b = _leading(agree_bj)
+    accepted_b = leading(agree_bj)
     return Verdict(accepted_b, jnp.take_along_axis(target_tokens_bt, accepted_b[:, None], axis=1)[:, 0])
 
 
@@ -154,7 +154,7 @@ def _of_tokens(probs_btv: jax.Array, tokens_bj: jax.Array) -> jax.Array:
     return jnp.take_along_axis(probs_btv[:, :-1], tokens_bj[:, :, None], axis=2)[:, :, 0]
 
 
-def _leading(true_bj: jax.Array) -> jax.Array:
+def leading(true_bj: jax.Array) -> jax.Array:
     """(B,) int32, the length of the leading run of True."""
     return jnp.cumprod(true_bj.astype(jnp.int32), axis=1).sum(axis=1)
 

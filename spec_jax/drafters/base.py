@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from spec_jax.integers import is_integer
 from spec_jax.verification import Draft
 
 Choose = Callable[[jax.Array, int], tuple[jax.Array, jax.Array]]
@@ -64,6 +65,12 @@ class LanguageModel(Protocol):
     def __call__(self, tokens_bt: jax.Array, cache: Any = None) -> Output:
         """T tokens a row behind the cache."""
         ...
+
+
+def check_model(name: str, model: Any) -> None:
+    """Raises ValueError when `model` is none."""
+    if not callable(model) or not is_integer(getattr(model, "vocab_size", None)):
+        raise ValueError(f"{name} must be a model, such as a spec_jax.Decoder, got {model!r}")
 
 
 @struct.dataclass

@@ -7,7 +7,16 @@ from typing import Any
 import jax.numpy as jnp
 from flax import struct
 
-from spec_jax.drafters.base import Choose, Drafter, LanguageModel, Output, Proposal, Sequence, stack_draft
+from spec_jax.drafters.base import (
+    Choose,
+    Drafter,
+    LanguageModel,
+    Output,
+    Proposal,
+    Sequence,
+    check_model,
+    stack_draft,
+)
 
 
 @struct.dataclass
@@ -33,8 +42,7 @@ class SmallModel(Drafter):
     def check(self, target: LanguageModel) -> None:
         """Raises ValueError unless the draft is a model."""
         del target
-        if not hasattr(self.draft, "vocab_size"):
-            raise ValueError(f"draft must be a model, such as a spec_jax.Decoder, got {self.draft!r}")
+        check_model("draft", self.draft)
 
     def start(self, target: LanguageModel, sequence: Sequence, prefill: Output, size: int) -> Any:
         """The draft's cache after the prompts."""

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 import moe_jax
-from moe_jax import Choice, MoE, MoEConfig, MoEOutput, SparseMoEBlock, TopN
+from moe_jax import Choice, MoE, MoEConfig, MoEOutput, RouterInputs, SparseMoEBlock, TopN
 
 DATA = pathlib.Path(__file__).parent.parent / "data"
 ALL = TopN(policy_train="all", policy_eval="all")
@@ -95,3 +95,16 @@ def assert_trees_close(got: Any, wanted: Any, *, relative: float) -> None:
         np.testing.assert_allclose(
             leaf, target, rtol=0, atol=relative * max(scale, 1e-6), err_msg=jax.tree_util.keystr(path)
         )
+
+
+def inputs_of(probs: list[list[float]], **fields: jax.Array) -> RouterInputs:
+    """Logits whose softmax is `probs`."""
+    logits_te = jnp.log(jnp.asarray(probs))
+    given = {"selection_logits_te": logits_te, "mask_t": jnp.ones(logits_te.shape[0], bool)}
+    return RouterInputs(logits_te=logits_te, **(given | fields))
+
+
+# Token 0 prefers experts 2, 0, 1, 3; token 1 prefers 1, 3, 0, 2.
+PROBS = [[0.3, 0.15, 0.5, 0.05], [0.1, 0.6, 0.05, 0.25]]
+# The same with noise.
+NOISED = [[0.45, 0.4, 0.1, 0.05], [0.6, 0.1, 0.05, 0.25]]

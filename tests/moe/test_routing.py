@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from jax.test_util import check_grads
 
 from moe_jax import (
     CoordinateDescent,
@@ -17,27 +16,15 @@ from moe_jax import (
     RouterInputs,
     RouterTotals,
     TopN,
-    relaxed_top_k,
     router_totals,
     token_groups,
 )
 from moe_jax.routing import Policy, Score, wanted_ranks, within_best_groups
-from tests.moe.support import assign_slots
-
-
-def inputs(probs: list[list[float]], **fields: jax.Array) -> RouterInputs:
-    """Logits whose softmax is `probs`."""
-    logits_te = jnp.log(jnp.asarray(probs))
-    given = {"selection_logits_te": logits_te, "mask_t": jnp.ones(logits_te.shape[0], bool)}
-    return RouterInputs(logits_te=logits_te, **(given | fields))
-
-
-# Token 0 prefers experts 2, 0, 1, 3; token 1 prefers 1, 3, 0, 2.
-PROBS = [[0.3, 0.15, 0.5, 0.05], [0.1, 0.6, 0.05, 0.25]]
+from tests.moe.support import NOISED, PROBS, assign_slots, inputs_of
 
 
 def test_top_two_by_hand():
-    chosen = TopN(policy_train="all").choose(inputs(PROBS), train=True)
+    chosen = TopN(policy_train="all").choose(inputs_of(PROBS), train=True)
     np.testing.assert_array_equal(chosen.expert_index_ta, [[2, 0], [1, 3]])
     # 0.5 / 0.8, 0.3 / 0.8; 0.6 / 0.85, 0.25 / 0.85
     np.testing.assert_allclose(chosen.gate_ta, [[0.625, 0.375], [0.70588, 0.29412]], atol=1e-5)
@@ -50,15 +37,15 @@ def test_three_candidates_have_a_threshold_each():
     # Gates of token 0: 0.5, 0.3, 0.15 over 0.95 = 0.526, 0.316, 0.158; of token 1: 0.6, 0.25, 0.1 over 0.95 =
     # 0.632, 0.263, 0.105.
     router = TopN(n=3, policy_eval="threshold", threshold_eval=(0.3, 0.1))
-    chosen = router.choose(inputs(PROBS), train=False)
+    chosen = router.choose(inputs_of(PROBS), train=False)
     np.testing.assert_array_equal(chosen.wanted_ta, [[True, True, True], [True, False, True]])
     router = TopN(n=3, policy_eval="threshold", threshold_eval=0.2)
-    chosen = router.choose(inputs(PROBS), train=False)
+    chosen = router.choose(inputs_of(PROBS), train=False)
     np.testing.assert_array_equal(chosen.wanted_ta, [[True, True, False], [True, True, False]])
 
 
 def test_one_candidate_keeps_its_probability():
-    chosen = TopN(n=1).choose(inputs(PROBS), train=True)
+    chosen = TopN(n=1).choose(inputs_of(PROBS), train=True)
     np.testing.assert_array_equal(chosen.expert_index_ta, [[2], [1]])
     np.testing.assert_allclose(chosen.gate_ta, [[0.5], [0.6]], atol=1e-6)
 
@@ -96,7 +83,7 @@ def test_random_policy_test_notices_other_probabilities(wrong: float):
 
 def test_noise_decides_who_is_chosen_and_weights_nothing():
     noised = jnp.log(jnp.asarray([[0.1, 0.7, 0.15, 0.05], [0.6, 0.1, 0.05, 0.25]]))
-    chosen = TopN(policy_train="all").choose(inputs(PROBS, selection_logits_te=noised), train=True)
+    chosen = TopN(policy_train="all").choose(inputs_of(PROBS, selection_logits_te=noised), train=True)
     np.testing.assert_array_equal(chosen.expert_index_ta, [[1, 2], [0, 3]])
     # Of the un-noised probabilities 0.15, 0.5 and 0.1, 0.25.
     np.testing.assert_allclose(chosen.gate_ta, [[0.23077, 0.76923], [0.28571, 0.71429]], atol=1e-5)
@@ -127,7 +114,7 @@ def test_grouped_routing_stays_within_the_best_groups():
     within_te = within_best_groups(scores_te, 3, 1, SUM)
     np.testing.assert_array_equal(within_te, [[True, True, False, False, False, False]])
     router = TopN(policy_train="all", expert_groups=3, expert_groups_kept=1)
-    chosen = router.choose(inputs((scores_te + 0.01).tolist()), train=True)
+    chosen = router.choose(inputs_of((scores_te + 0.01).tolist()), train=True)
     # Expert 2 has the best score of all, but its group does not.
     np.testing.assert_array_equal(chosen.expert_index_ta, [[0, 1]])
 
@@ -196,90 +183,6 @@ def test_an_expert_chooses_among_tokens_of_the_same_probability():
     np.testing.assert_array_equal(jnp.argsort(-chosen.priority_ta[:, 0]), [1, 0, 2])
 
 
-def test_relaxed_top_k_sums_to_its_size_and_sharpens():
-    scores_te = jnp.asarray([[0.5, 0.3, 0.15, 0.05]])
-    soft = relaxed_top_k(scores_te, 2, iterations=200, temperature=0.1)
-    np.testing.assert_allclose(soft.sum(), 2, rtol=1e-3)
-    assert ((soft >= 0) & (soft <= 1)).all()
-    hard = relaxed_top_k(scores_te, 2, iterations=200, temperature=0.005)
-    # Soft: 0.36 at the third. The dual of a nearly hard choice converges slowly, hence no exact zero.
-    np.testing.assert_allclose(hard, [[1, 1, 0, 0]], atol=0.02)
-
-
-@pytest.mark.parametrize("train", [True, False])
-def test_coordinate_descent_keeps_confidence_and_thresholds(train: bool):
-    # The original normalises these gates to 1/2 each whatever the router says, so that no threshold ever acts.
-    probs = [[0.9, 0.05, 0.03, 0.02], [0.4, 0.35, 0.15, 0.1]]
-    relaxed = CoordinateDescent(policy_train="threshold").choose(inputs(probs), train=train)
-    plain = TopN(policy_train="threshold").choose(inputs(probs), train=train)
-    np.testing.assert_array_equal(relaxed.gate_ta, plain.gate_ta)
-    np.testing.assert_allclose(relaxed.gate_ta, [[0.94737, 0.05263], [0.53333, 0.46667]], atol=1e-5)
-    np.testing.assert_array_equal(relaxed.wanted_ta, [[True, False], [True, True]])
-
-
-def unchosen_gradient(router: Router) -> jax.Array:
-    """Gradient of the first gate with respect to the logit of an expert that was not chosen."""
-
-    def first_gate(logits_te: jax.Array) -> jax.Array:
-        given = RouterInputs(
-            logits_te=logits_te, selection_logits_te=logits_te, mask_t=jnp.ones(1, bool), uniform_ta=None
-        )
-        return router.choose(given, train=True).gate_ta[0, 0]
-
-    return jax.jit(jax.grad(first_gate))(jnp.log(jnp.asarray([[0.4, 0.3, 0.2, 0.1]])))[0, 2]
-
-
-def test_coordinate_descent_gradient_reaches_experts_that_were_not_chosen():
-    # A normalised gate of plain top-n is a ratio of two scores: nothing else enters.
-    assert abs(unchosen_gradient(TopN(policy_train="all"))) < 1e-7
-    assert abs(unchosen_gradient(CoordinateDescent(policy_train="all"))) > 1e-3
-
-
-def test_gradient_of_relaxed_top_k_agrees_with_finite_differences():
-    weight_te = jnp.asarray([[1.0, -2.0, 0.5, 3.0]])
-
-    def value(scores_te: jax.Array) -> jax.Array:
-        return (relaxed_top_k(scores_te, 1.5, iterations=30, temperature=0.3) * weight_te).sum()
-
-    check_grads(jax.jit(value), (jnp.asarray([[0.5, 0.31, 0.15, 0.04]]),), order=1, modes=["rev"], eps=1e-2)
-
-
-def test_coordinate_descent_relaxes_the_choice_that_the_bias_steers():
-    logits_te, bias_e = jnp.log(jnp.asarray([[0.4, 0.3, 0.2, 0.1]])), jnp.asarray([-0.3, 0.0, 0.2, 0.0])
-    router = CoordinateDescent(n=1, bias=True, iterations=50)
-
-    def gate(logits_te: jax.Array) -> jax.Array:
-        given = RouterInputs(logits_te, logits_te, jnp.ones(1, bool), bias_e=bias_e)
-        return router.choose(given, train=True).gate_ta[0, 0]
-
-    def indicator_times_score(logits_te: jax.Array, bias_e: jax.Array) -> jax.Array:
-        probs_te = jax.nn.softmax(logits_te)
-        chosen_te = relaxed_top_k(probs_te + bias_e[None], 9 / 8, iterations=50, temperature=0.1)
-        return (probs_te * (1 + chosen_te - jax.lax.stop_gradient(chosen_te)))[0, 2]
-
-    np.testing.assert_allclose(gate(logits_te), 0.2, atol=1e-6)
-    gradient, of_steered, of_plain = (
-        jax.jit(jax.grad(function))(logits_te)
-        for function in (
-            gate,
-            lambda logits_te: indicator_times_score(logits_te, bias_e),
-            lambda logits_te: indicator_times_score(logits_te, jnp.zeros(4)),
-        )
-    )
-    np.testing.assert_allclose(gradient, of_steered, atol=1e-6)
-    assert np.abs(gradient - of_plain).max() > 1e-2
-
-
-def test_coordinate_descent_iterates_for_gradients_only():
-    def gates(logits_te: jax.Array) -> jax.Array:
-        given = RouterInputs(logits_te, logits_te, jnp.ones(5, bool))
-        return CoordinateDescent(policy_train="all").choose(given, train=True).gate_ta
-
-    logits_te = jnp.zeros((5, 4))
-    assert "while" not in jax.jit(gates).lower(logits_te).as_text()
-    assert "while" in jax.jit(jax.grad(lambda logits_te: gates(logits_te).max())).lower(logits_te).as_text()
-
-
 @pytest.mark.parametrize("router", [TopN(policy_train="all"), ExpertChoice()])
 def test_counts_do_not_depend_on_the_dtype_of_the_logits(router: Router):
     """In bfloat16, 256 + 1 is 256."""
@@ -316,29 +219,26 @@ def test_best_experts_are_found_without_sorting_all(router: Router):
     assert " sort(" not in program
 
 
-NOISED = [[0.45, 0.4, 0.1, 0.05], [0.6, 0.1, 0.05, 0.25]]
-
-
 def test_a_bias_steers_the_noised_scores():
     noised = jnp.log(jnp.asarray([[0.25, 0.6, 0.1, 0.05]]))
     # Steered: 0.25, 0, 0.1, 0.35; without the noise 0.3, -0.45, 0.5, 0.35.
     bias_e = jnp.asarray([0.0, -0.6, 0.0, 0.3])
     router = TopN(policy_train="all", bias=True)
-    chosen = router.choose(inputs(PROBS[:1], selection_logits_te=noised, bias_e=bias_e), train=True)
+    chosen = router.choose(inputs_of(PROBS[:1], selection_logits_te=noised, bias_e=bias_e), train=True)
     np.testing.assert_array_equal(chosen.expert_index_ta, [[3, 0]])
     np.testing.assert_allclose(chosen.gate_ta, [[0.05 / 0.35, 0.3 / 0.35]], atol=1e-5)
 
 
 def test_noise_does_not_make_a_token_surer():
     chosen = TopN(policy_train="all").choose(
-        inputs(PROBS, selection_logits_te=jnp.log(jnp.asarray(NOISED))), train=True
+        inputs_of(PROBS, selection_logits_te=jnp.log(jnp.asarray(NOISED))), train=True
     )
     np.testing.assert_allclose(jnp.exp(chosen.priority_ta), [[0.3, 0.3], [0.1, 0.1]], rtol=1e-5)
 
 
 def test_noise_decides_which_groups_are_kept():
     router = TopN(policy_train="all", expert_groups=2, expert_groups_kept=1)
-    chosen = router.choose(inputs(PROBS[:1], selection_logits_te=jnp.log(jnp.asarray(NOISED[:1]))), train=True)
+    chosen = router.choose(inputs_of(PROBS[:1], selection_logits_te=jnp.log(jnp.asarray(NOISED[:1]))), train=True)
     np.testing.assert_array_equal(chosen.expert_index_ta, [[0, 1]])  # without noise, {2, 3} have 0.55
 
 
@@ -346,63 +246,20 @@ def test_biased_groups_are_ranked_by_the_sum_of_scores_and_biases():
     bias_e = jnp.asarray([0.05, 0.15, 0.12, -0.03])
     # Steered: 0.35, 0.3 and 0.62, 0.02: in all 0.65 and 0.64.
     router = TopN(policy_train="all", bias=True, expert_groups=2, expert_groups_kept=1)
-    chosen = router.choose(inputs([[0.3, 0.15, 0.5, 0.05]], bias_e=bias_e), train=True)
+    chosen = router.choose(inputs_of([[0.3, 0.15, 0.5, 0.05]], bias_e=bias_e), train=True)
     np.testing.assert_array_equal(chosen.expert_index_ta, [[0, 1]])
 
 
 def test_experts_of_other_groups_are_not_chosen_where_biases_make_all_scores_negative():
     bias_e = jnp.asarray([-0.4, -0.4, -0.9, -0.9])
     router = TopN(policy_train="all", bias=True, expert_groups=2, expert_groups_kept=1)
-    chosen = router.choose(inputs([[0.3, 0.15, 0.5, 0.05]], bias_e=bias_e), train=True)
+    chosen = router.choose(inputs_of([[0.3, 0.15, 0.5, 0.05]], bias_e=bias_e), train=True)
     np.testing.assert_array_equal(chosen.expert_index_ta, [[0, 1]])
 
 
 def test_noise_decides_whom_an_expert_chooses_and_weights_nothing():
-    chosen = ExpertChoice().choose(inputs(PROBS, selection_logits_te=jnp.log(jnp.asarray(NOISED))), train=True)
+    chosen = ExpertChoice().choose(inputs_of(PROBS, selection_logits_te=jnp.log(jnp.asarray(NOISED))), train=True)
     np.testing.assert_allclose(jnp.exp(chosen.priority_ta), NOISED, rtol=1e-5)
     np.testing.assert_allclose(chosen.gate_ta, PROBS, rtol=1e-5)
     np.testing.assert_allclose(chosen.probs_te, PROBS, rtol=1e-5)
     np.testing.assert_array_equal(chosen.first_expert_t, [0, 0])
-
-
-def test_relaxed_top_k_after_one_update():
-    """From caps of 0 - scores, every score counts alike."""
-    scores_te = jnp.asarray([[0.5, 0.3, 0.15, 0.05]])
-    once = relaxed_top_k(scores_te, 2, iterations=1, temperature=0.1)
-    np.testing.assert_allclose(once, jnp.exp(jnp.minimum(scores_te / 0.1 + jnp.log(0.5), 0)), rtol=1e-5)
-
-
-def test_coordinate_descent_of_all_experts():
-    """9 / 8 of as many experts as there are would be more."""
-
-    def spread(logits_te: jax.Array) -> jax.Array:
-        given = RouterInputs(logits_te, logits_te, jnp.ones(2, bool))
-        return CoordinateDescent(n=4, policy_train="all").choose(given, train=True).gate_ta.max(1).sum()
-
-    assert jnp.isfinite(jax.grad(spread)(jnp.log(jnp.asarray(PROBS)))).all()
-
-
-def test_coordinate_descent_relaxes_the_noised_choice():
-    logits_te, noised_te = (jnp.log(jnp.asarray(probs[:1])) for probs in (PROBS, NOISED))
-
-    def gate(logits_te: jax.Array, noised_te: jax.Array) -> jax.Array:
-        given = RouterInputs(logits_te, noised_te, jnp.ones(1, bool))
-        return CoordinateDescent(n=1).choose(given, train=True).gate_ta[0, 0]
-
-    def by_hand(logits_te: jax.Array, noised_te: jax.Array) -> jax.Array:
-        chosen_te = relaxed_top_k(jax.nn.softmax(noised_te), 9 / 8, iterations=20, temperature=0.1)
-        return (jax.nn.softmax(logits_te) * (1 + chosen_te - jax.lax.stop_gradient(chosen_te)))[0, 0]
-
-    got, wanted = (jax.jit(jax.grad(f, argnums=(0, 1)))(logits_te, noised_te) for f in (gate, by_hand))
-    assert float(jnp.abs(wanted[1]).max()) > 1e-2
-    for one, other in zip(got, wanted):
-        np.testing.assert_allclose(one, other, atol=1e-6)
-
-
-def test_temperature_of_coordinate_descent():
-    def gate(logits_te: jax.Array, temperature: float) -> jax.Array:
-        given = RouterInputs(logits_te, logits_te, jnp.ones(1, bool))
-        return CoordinateDescent(n=1, temperature=temperature).choose(given, train=True).gate_ta[0, 0]
-
-    sharp, soft = (jax.grad(gate)(jnp.log(jnp.asarray(PROBS[:1])), t) for t in (0.1, 1.0))
-    assert float(jnp.abs(sharp - soft).max()) > 1e-2

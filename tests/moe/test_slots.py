@@ -1,9 +1,13 @@
 """Capacity and slots by hand, for every order, group size and mask."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import moe_jax
 from moe_jax import capacity, token_groups
 from moe_jax.slots import SlotOrder
 from tests.moe.support import assign_slots, choice
@@ -117,6 +121,17 @@ def test_slots_are_unique_and_without_gaps(order: SlotOrder):
         for group in range(4):
             in_group = np.sort(taken[taken // routing.capacity == group]) - group * routing.capacity
             np.testing.assert_array_equal(in_group, np.arange(int(routing.count_eg[expert, group])))
+
+
+def test_more_queues_than_int32_has_numbers_are_refused():
+    def assign() -> None:
+        choices = choice(jnp.zeros((512, 1), jnp.int32))
+        many = dataclasses.replace(choices, probs_te=jnp.zeros((512, 2**22)))
+        moe_jax.assign_slots(many, token_groups(jnp.ones(512, bool), 1, "sequence"), num_experts=2**22,
+                             capacity_factor=1.0)  # fmt: skip
+
+    with pytest.raises(ValueError, match=f"num_experts · groups · choices must fit int32, got {2**22} · 512 · 1"):
+        jax.eval_shape(assign)
 
 
 def test_no_second_choice_comes_before_a_first_however_sure_the_token():
