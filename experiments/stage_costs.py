@@ -83,7 +83,7 @@ def _propose(
     key = jax.random.fold_in(jax.random.key(0), index)
     noise_bjv = jax.random.gumbel(key, (batch, drafter.gamma, target.vocab_size))
 
-    def choose(logits_bv: jax.Array, offset: int) -> tuple[jax.Array, jax.Array]:
+    def choose(logits_bv: jax.Array, offset: int | jax.Array) -> tuple[jax.Array, jax.Array]:
         log_probs_bv = filtered_log_probs(logits_bv, sampling)
         return draw(log_probs_bv, noise_bjv[:, offset]), log_probs_bv
 

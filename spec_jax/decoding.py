@@ -121,7 +121,7 @@ def speculative_decoding(
     )  # fmt: skip
     result = compiled_decode(
         target,
-        drafter,
+        prepared.drafter,
         prepared.prompt_bp,
         prepared.prompt_length_b,
         prepared.request,
@@ -184,10 +184,11 @@ def stream(
         target, drafter, prompt, prompt_length, max_new_tokens, key, sampling, eos_id, pad_id, verification, lenience,
         row_ids, cache_size,
     )  # fmt: skip
-    return _rounds(target, drafter, prepared)
+    return _rounds(target, prepared)
 
 
 class _Prepared(NamedTuple):
+    drafter: Drafter
     prompt_bp: np.ndarray
     prompt_length_b: np.ndarray
     request: loop.Request
@@ -229,10 +230,11 @@ def _prepare(
         verification=rule,
     )
     prompt_bp = np.pad(prompt_bp, ((0, 0), (0, min(padded, size) - width)))
-    return _Prepared(prompt_bp, prompt_length_b, request, size)
+    return _Prepared(drafter if drafter.gamma else Plain(), prompt_bp, prompt_length_b, request, size)
 
 
-def _rounds(target: Any, drafter: Drafter, prepared: _Prepared) -> Iterator[StreamedRound]:
+def _rounds(target: Any, prepared: _Prepared) -> Iterator[StreamedRound]:
+    drafter = prepared.drafter
     state = compiled_start(
         target, drafter, prepared.prompt_bp, prepared.prompt_length_b, prepared.request, size=prepared.size
     )

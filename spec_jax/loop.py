@@ -185,7 +185,7 @@ def _chooser(request: Request, sequence: Sequence, gamma: int, vocab_size: int, 
     else:
         noise_bjv = position_noise_btv
 
-    def choose(logits_bv: jax.Array, offset: int) -> tuple[jax.Array, jax.Array]:
+    def choose(logits_bv: jax.Array, offset: int | jax.Array) -> tuple[jax.Array, jax.Array]:
         log_probs_bv = filtered_log_probs(logits_bv, request.sampling)
         return draw(log_probs_bv, noise_bjv[:, offset]), log_probs_bv
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from spec_jax.decoder import Decoder
-from spec_jax.drafters.base import Choose, Drafter, LanguageModel, Output, Proposal, Sequence, stack_draft
+from spec_jax.drafters.base import Choose, Drafter, LanguageModel, Output, Proposal, Sequence, draft_on
 
 
 @struct.dataclass
@@ -70,37 +70,38 @@ class EarlyExit(Drafter):
         self, target: Any, sequence: Sequence, target_cache: Any, state: EarlyExitState, choose: Choose
     ) -> Proposal:
         """gamma tokens a row, each one pass through the first layers and the exit."""
-        tokens_jb, log_probs_jbv, early_jbd = [], [], []
-        length_b, cache = sequence.length_b, state.cache
-        token_b = sequence.last_b1[:, 0]
-        for offset in range(self.gamma):
-            early_b1d, target_cache = target.early(token_b[:, None], target_cache.with_length(length_b - 1 + offset))
-            early_jbd.append(early_b1d[:, 0])
-            logits_bv, cache = self._exit(target, state, cache, length_b, offset, early_b1d)
-            token_b, log_probs_bv = choose(logits_bv, offset)
-            tokens_jb.append(token_b)
-            log_probs_jbv.append(log_probs_bv)
-        draft = stack_draft(tokens_jb, log_probs_jbv, batch=length_b.shape[0], vocab_size=target.vocab_size)
-        drafted = dataclasses.replace(state, cache=cache), early_jbd
-        return Proposal(draft, target_cache.with_length(length_b - 1), drafted)
+        length_b = sequence.length_b
+        early_b1d, target_cache = target.early(sequence.last_b1, target_cache.with_length(length_b - 1))
+        logits_bv, cache = self._first_exit(target, state, length_b, early_b1d)
+        early_bjd = jnp.zeros((early_b1d.shape[0], self.gamma, early_b1d.shape[2]), early_b1d.dtype)
 
-    def _exit(
-        self, target: Any, state: EarlyExitState, cache: Any, length_b: jax.Array, offset: int, early_b1d: jax.Array
-    ) -> tuple[jax.Array, Any]:
-        """(B, V) logits of the token at this offset of the draft."""
-        recycled_b1d = state.recycled_bd[:, None]
-        if cache is None or offset > 0:
+        def step(token_b: jax.Array, caches: Any, offset: jax.Array) -> tuple[jax.Array, Any]:
+            target_cache, cache, early_bjd = caches
+            early_b1d, target_cache = target.early(token_b[:, None], target_cache.with_length(length_b - 1 + offset))
             if cache is not None:
                 cache = cache.with_length(length_b - 1 + offset)
-            logits_b1v, cache = target.early_exit(early_b1d, cache, recycled_b1d)
-            return logits_b1v[:, 0], cache
+            logits_b1v, cache = target.early_exit(early_b1d, cache, state.recycled_bd[:, None])
+            return logits_b1v[:, 0], (target_cache, cache, early_bjd.at[:, offset].set(early_b1d[:, 0]))
+
+        caches = target_cache, cache, early_bjd.at[:, 0].set(early_b1d[:, 0])
+        draft, (target_cache, cache, early_bjd) = draft_on(logits_bv, caches, step, choose, self.gamma)
+        drafted = dataclasses.replace(state, cache=cache), early_bjd
+        return Proposal(draft, target_cache.with_length(length_b - 1), drafted)
+
+    def _first_exit(
+        self, target: Any, state: EarlyExitState, length_b: jax.Array, early_b1d: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        """(B, V) logits of the first drafted token, and the cache of the exit's own blocks behind it."""
+        if state.cache is None:
+            logits_b1v, _ = target.early_exit(early_b1d, None, state.recycled_bd[:, None])
+            return logits_b1v[:, 0], None
         # After a full accept the exit's own blocks have not read the last drafted token: they always read it again.
         # A row of one token has nothing before it: its window is that token and a leftover, read and overwritten.
         start_b = jnp.maximum(length_b - 2, 0)
         alone_b11 = (length_b < 2)[:, None, None]
         window_btd = jnp.concatenate((jnp.where(alone_b11, early_b1d, state.before_bd[:, None]), early_b1d), axis=1)
         recycled_btd = jnp.stack((state.recycled_before_bd, state.recycled_bd), axis=1)
-        logits_btv, cache = target.early_exit(window_btd, cache.with_length(start_b), recycled_btd)
+        logits_btv, cache = target.early_exit(window_btd, state.cache.with_length(start_b), recycled_btd)
         return jnp.take_along_axis(logits_btv, (length_b - 1 - start_b)[:, None, None], axis=1)[:, 0], cache
 
     def score(self, target: Any, proposal: Proposal, window_bt: jax.Array) -> Output:
@@ -108,7 +109,7 @@ class EarlyExit(Drafter):
         cache, gamma = proposal.target_cache, window_bt.shape[1] - 1
         start_b = cache.length_b
         early_b1d, cache = target.early(window_bt[:, gamma:], cache.with_length(start_b + gamma))
-        early_btd = jnp.stack((*proposal.state[1], early_b1d[:, 0]), axis=1)
+        early_btd = jnp.concatenate((proposal.state[1], early_b1d), axis=1)
         return target.late(early_btd, cache.with_length(start_b))
 
     def update(self, state: Any, scored: Any, emitted_b: jax.Array) -> EarlyExitState:

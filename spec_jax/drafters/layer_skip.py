@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import jax
 from flax import struct
 
 from spec_jax.decoder import Decoder
-from spec_jax.drafters.base import Choose, Drafter, LanguageModel, Proposal, Sequence, stack_draft
+from spec_jax.drafters.base import Choose, Drafter, LanguageModel, Proposal, Sequence, draft_on
 
 
 @struct.dataclass
@@ -46,17 +47,15 @@ class LayerSkip(Drafter):
 
     def propose(self, target: Any, sequence: Sequence, target_cache: Any, state: Any, choose: Choose) -> Proposal:
         """gamma tokens a row, one thinned forward each."""
-        tokens_jb, log_probs_jbv = [], []
         length_b = sequence.length_b
-        token_b1 = sequence.last_b1
-        for offset in range(self.gamma):
-            cache = target_cache.with_length(length_b - 1 + offset)
-            logits_b1v, target_cache = target.without(
-                token_b1, cache, attention=self.skip_attention, feed_forward=self.skip_feed_forward
+
+        def step(token_b: jax.Array, cache: Any, offset: int | jax.Array) -> tuple[jax.Array, Any]:
+            cache = cache.with_length(length_b - 1 + offset)
+            logits_b1v, cache = target.without(
+                token_b[:, None], cache, attention=self.skip_attention, feed_forward=self.skip_feed_forward
             )
-            token_b, log_probs_bv = choose(logits_b1v[:, 0], offset)
-            tokens_jb.append(token_b)
-            log_probs_jbv.append(log_probs_bv)
-            token_b1 = token_b[:, None]
-        draft = stack_draft(tokens_jb, log_probs_jbv, batch=length_b.shape[0], vocab_size=target.vocab_size)
-        return Proposal(draft, target_cache.with_length(length_b - 1), state)
+            return logits_b1v[:, 0], cache
+
+        logits_bv, cache = step(sequence.last_b1[:, 0], target_cache, 0)
+        draft, cache = draft_on(logits_bv, cache, step, choose, self.gamma)
+        return Proposal(draft, cache.with_length(length_b - 1), state)

@@ -89,8 +89,6 @@ class NGram(Drafter):
         shapes = jax.eval_shape(target, window_bt, proposal.target_cache)
         logits, hidden = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes.logits, shapes.hidden))
         scored = Scored(logits, hidden, proposal.target_cache)
-        if self.gamma == 0:
-            return whole(scored)
         any_drafted = (proposal.draft.count_b > 0).any()
         return _run_if(~any_drafted, one_step, _run_if(any_drafted, whole, scored))
 

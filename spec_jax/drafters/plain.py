@@ -6,7 +6,7 @@ from typing import Any
 
 from flax import struct
 
-from spec_jax.drafters.base import Choose, Drafter, LanguageModel, Proposal, Sequence, stack_draft
+from spec_jax.drafters.base import Choose, Drafter, LanguageModel, Proposal, Sequence, no_draft
 
 
 @struct.dataclass
@@ -20,5 +20,4 @@ class Plain(Drafter):
     ) -> Proposal:
         """An empty draft."""
         del choose
-        batch = sequence.length_b.shape[0]
-        return Proposal(stack_draft([], [], batch=batch, vocab_size=target.vocab_size), target_cache, state)
+        return Proposal(no_draft(sequence.length_b.shape[0], target.vocab_size), target_cache, state)

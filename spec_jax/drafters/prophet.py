@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from spec_jax.decoder import Decoder
-from spec_jax.drafters.base import Choose, Drafter, LanguageModel, Proposal, Sequence, stack_draft
+from spec_jax.drafters.base import Choose, Drafter, LanguageModel, Proposal, Sequence, draft_on
 from spec_jax.prophet import ModelWithProphet, ProphetModel
 
 
@@ -59,7 +59,7 @@ class Prophet(Drafter):
         self, target: LanguageModel, sequence: Sequence, target_cache: Any, state: jax.Array, choose: Choose
     ) -> Proposal:
         """gamma tokens a row: the start states and the last known token in one forward, then one for each token."""
-        tokens_jb, log_probs_jbv = [], []
+        del target
         batch, starts = state.shape[:2]
         # With two start states, rows of length 4, 2 and 1 read h1 h2 x3, h0 x1 and x0: what a short row does not have
         # is shifted out, and leftovers behind its last known token are overwritten.
@@ -67,19 +67,14 @@ class Prophet(Drafter):
         inputs_btd = self.prophet.embed(state, sequence.last_b1)
         index_bt = jnp.minimum(jnp.arange(starts + 1)[None, :] + (starts - present_b)[:, None], starts)
         inputs_btd = jnp.take_along_axis(inputs_btd, index_bt[:, :, None], axis=1)
-        cache = self.prophet.decoder.init_cache(batch, starts + max(self.gamma, 1))
-        for offset in range(self.gamma):
-            if offset == 0:
-                output = self.prophet.read(inputs_btd, cache)
-                logits_bv = jnp.take_along_axis(output.logits, present_b[:, None, None], axis=1)[:, 0]
-            else:
-                output = self.prophet.decoder(tokens_jb[-1][:, None], cache.with_length(present_b + offset))
-                logits_bv = output.logits[:, 0]
-            cache = output.cache
-            token_b, log_probs_bv = choose(logits_bv, offset)
-            tokens_jb.append(token_b)
-            log_probs_jbv.append(log_probs_bv)
-        draft = stack_draft(tokens_jb, log_probs_jbv, batch=batch, vocab_size=target.vocab_size)
+        output = self.prophet.read(inputs_btd, self.prophet.decoder.init_cache(batch, starts + self.gamma))
+        logits_bv = jnp.take_along_axis(output.logits, present_b[:, None, None], axis=1)[:, 0]
+
+        def step(token_b: jax.Array, cache: Any, offset: jax.Array) -> tuple[jax.Array, Any]:
+            output = self.prophet.decoder(token_b[:, None], cache.with_length(present_b + offset))
+            return output.logits[:, 0], output.cache
+
+        draft, _ = draft_on(logits_bv, output.cache, step, choose, self.gamma)
         return Proposal(draft, target_cache, state)
 
     def update(self, state: jax.Array, scored: Any, emitted_b: jax.Array) -> jax.Array:

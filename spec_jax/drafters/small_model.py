@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 
@@ -15,7 +16,7 @@ from spec_jax.drafters.base import (
     Proposal,
     Sequence,
     check_model,
-    stack_draft,
+    draft_on,
 )
 
 
@@ -54,22 +55,16 @@ class SmallModel(Drafter):
         self, target: LanguageModel, sequence: Sequence, target_cache: Any, state: Any, choose: Choose
     ) -> Proposal:
         """gamma tokens a row, one forward each."""
-        tokens_jb, log_probs_jbv = [], []
-        length_b, cache = sequence.length_b, state
+        del target
+        length_b = sequence.length_b
         # A row of one token has no second to last: its window is that token and a leftover, read and overwritten.
         start_b = jnp.maximum(length_b - 2, 0)
-        window_bt = sequence.window(start_b, 2)
-        last_b11 = (length_b - 1 - start_b)[:, None, None]
-        for offset in range(self.gamma):
-            if offset == 0:
-                output = self.draft(window_bt, cache.with_length(start_b))
-                logits_bv = jnp.take_along_axis(output.logits, last_b11, axis=1)[:, 0]
-            else:
-                output = self.draft(tokens_jb[-1][:, None], cache.with_length(length_b + offset - 1))
-                logits_bv = output.logits[:, 0]
-            cache = output.cache
-            token_b, log_probs_bv = choose(logits_bv, offset)
-            tokens_jb.append(token_b)
-            log_probs_jbv.append(log_probs_bv)
-        draft = stack_draft(tokens_jb, log_probs_jbv, batch=length_b.shape[0], vocab_size=target.vocab_size)
+        output = self.draft(sequence.window(start_b, 2), state.with_length(start_b))
+        logits_bv = jnp.take_along_axis(output.logits, (length_b - 1 - start_b)[:, None, None], axis=1)[:, 0]
+
+        def step(token_b: jax.Array, cache: Any, offset: jax.Array) -> tuple[jax.Array, Any]:
+            output = self.draft(token_b[:, None], cache.with_length(length_b - 1 + offset))
+            return output.logits[:, 0], output.cache
+
+        draft, cache = draft_on(logits_bv, output.cache, step, choose, self.gamma)
         return Proposal(draft, target_cache, cache)

@@ -63,7 +63,7 @@ def broken_chooser(broken: jax.Array, chooser, *arguments):
     """Samples under the filters and tells the rule the distribution without them."""
     choose = chooser(*arguments)
 
-    def wrong_choose(logits_bv: jax.Array, offset: int) -> tuple[jax.Array, jax.Array]:
+    def wrong_choose(logits_bv: jax.Array, offset: int | jax.Array) -> tuple[jax.Array, jax.Array]:
         token_b, log_probs_bv = choose(logits_bv, offset)
         unfiltered_bv = jax.nn.log_softmax(logits_bv, axis=-1)
         return token_b, jnp.where(broken == Broken.UNFILTERED_DRAFT_PROBS, unfiltered_bv, log_probs_bv)

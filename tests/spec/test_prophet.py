@@ -24,14 +24,13 @@ def drafted_logits(pair: ModelWithProphet, gamma: int, length_b: np.ndarray) -> 
     """(B, J, V) logits that one decoding round sees behind the first tokens of each row, drafting the true ones."""
     prefill = pair.target(jnp.asarray(TOKENS[:, :12]))
     sequence = Sequence(jnp.asarray(TOKENS), jnp.asarray(length_b, jnp.int32))
-    drafter, seen = Prophet(pair, gamma=gamma), []
+    drafter = Prophet(pair, gamma=gamma)
 
-    def choose(logits_bv: jax.Array, offset: int) -> tuple[jax.Array, jax.Array]:
-        seen.append(logits_bv)
-        return sequence.window(sequence.length_b + offset, 1)[:, 0], jax.nn.log_softmax(logits_bv)
+    def choose(logits_bv: jax.Array, offset: int | jax.Array) -> tuple[jax.Array, jax.Array]:
+        return sequence.window(sequence.length_b + offset, 1)[:, 0], logits_bv
 
-    drafter.propose(pair.target, sequence, None, drafter.start(pair.target, sequence, prefill, 32), choose)
-    return np.stack(seen, axis=1)
+    state = drafter.start(pair.target, sequence, prefill, 32)
+    return np.asarray(drafter.propose(pair.target, sequence, None, state, choose).draft.log_probs_bjv)
 
 
 @pytest.mark.parametrize("starts", [1, 2, 3])
