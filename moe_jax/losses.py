@@ -85,7 +85,9 @@ def router_totals(logits_te: jax.Array, choice: Choice, routing: Routing, mask_t
     # `where` before, not after: masked tokens get no gradient even where a function of theirs is infinite.
     probs_te = jnp.where(mask_t1, choice.probs_te, 0)
     z_t = jax.nn.logsumexp(jnp.where(mask_t1, logits_te, 0), axis=-1)
-    entropy_t = jax.scipy.special.entr(jax.lax.stop_gradient(probs_te)).sum(-1)
+    # Not `entr`, which multiplies 0 by log 0 before it drops it: `jax_debug_nans` would stop there.
+    constant_te = jax.lax.stop_gradient(probs_te)
+    entropy_t = -(constant_te * jnp.log(jnp.where(constant_te > 0, constant_te, 1))).sum(-1)
     return RouterTotals(
         tokens=mask_t.sum(dtype=dtype),
         probs_e=probs_te.sum(0),

@@ -1,5 +1,6 @@
 """What a layer reports of its routing, by hand."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -25,6 +26,15 @@ def test_metrics_and_balance_loss_of_expert_choice():
     # Favourites 0, 1, 1, 1; mean probabilities 0.3625, 0.6375.
     np.testing.assert_allclose(out.balance_loss, 2 * (0.25 * 0.3625 + 0.75 * 0.6375), rtol=1e-5)
     np.testing.assert_allclose(out.metrics.top_gate, (0.9 + 0.8 + 0.7 + 0.95) / 4, rtol=1e-5)
+
+
+def test_nan_checks_find_nothing_in_a_padded_batch():
+    """Padding has probabilities of 0, and so has a token that is sure."""
+    moe, mask_t = layer(), jnp.asarray([True, False, True])
+    with jax.debug_nans(True):
+        # One operation after the other, so that each is checked.
+        out = moe(hidden_states(3, 8) * 1e4, train=True, mask=mask_t)
+    np.testing.assert_allclose(out.metrics.router_entropy, 0, atol=1e-6)
 
 
 def test_one_logit_that_is_not_finite_is_counted():
