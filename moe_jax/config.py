@@ -114,6 +114,8 @@ class MoEConfig:
         if not isinstance(self.group_size, str):
             # An integer of NumPy is one here, and no other thing elsewhere.
             object.__setattr__(self, "group_size", operator.index(self.group_size))
+        # A type, its dtype and its name are equal in NumPy but not in hash, or not at all.
+        object.__setattr__(self, "param_dtype", jnp.dtype(self.param_dtype))
         number("input_jitter", self.input_jitter, 0)
         if self.input_jitter >= 1:
             raise ValueError(f"input_jitter must be below 1, got {self.input_jitter}")

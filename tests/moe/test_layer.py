@@ -327,6 +327,12 @@ def test_layer_changes_nothing_and_holds_only_weights():
     assert held == dict.fromkeys({"router_de", *weights}, nnx.Param) | {"router_bias_e": RouterBias}
 
 
+@pytest.mark.parametrize("spelled", [jnp.float32, np.float32, np.dtype(np.float32), "float32"])
+def test_configurations_of_the_same_dtype_are_the_same(spelled: Any):
+    """In hash too: `jax.jit` with a static configuration compiles once."""
+    assert len({config(), config(param_dtype=spelled)}) == 1
+
+
 def test_selection_bias_is_float32():
     with jax.enable_x64(True):
         moe = MoE(config(router=TopN(bias=True)), rngs=nnx.Rngs(0))
