@@ -4,6 +4,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+# Loads this close to the mean, relative to it, are at the mean: float32 sums are no more exact.
+ROUNDING = 1e-6
+
 
 class RouterBias(nnx.Variable):
     """The selection bias of a router, (E,) float32. Not an `nnx.Param`: no gradient reaches it.
@@ -13,7 +16,7 @@ class RouterBias(nnx.Variable):
 
 
 def updated_router_bias(bias_e: jax.Array, load_e: jax.Array, rate: float = 1e-3) -> jax.Array:
-    """The bias for the next step: overloaded experts down by `rate`, underloaded ones up.
+    """The bias for the next step: overloaded experts down by `rate`, underloaded ones up, those at the mean left alone.
 
     Args:
       bias_e: (E,) float.
@@ -31,4 +34,8 @@ def updated_router_bias(bias_e: jax.Array, load_e: jax.Array, rate: float = 1e-3
     """
     if load_e.shape != bias_e.shape:
         raise ValueError(f"load_e must be {bias_e.shape}, as bias_e is, got {load_e.shape}")
-    return bias_e + (rate * jnp.sign(load_e.mean() - load_e)).astype(bias_e.dtype)
+    mean = load_e.mean()
+    missing_e = mean - load_e
+    # Rounded, the mean of ten shares of a tenth is not a tenth.
+    direction_e = jnp.where(jnp.abs(missing_e) > ROUNDING * mean, jnp.sign(missing_e), 0)
+    return bias_e + (rate * direction_e).astype(bias_e.dtype)
