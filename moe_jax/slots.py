@@ -130,8 +130,8 @@ def assign_slots(
       A `Routing`. Gates are zero where not kept.
 
     Raises:
-      ValueError: `slot_order` is unknown, `capacity_factor` not positive, the choice is among other experts, or there
-        are too many queues for int32.
+      ValueError: `slot_order` is unknown, `capacity_factor` not positive, `min_capacity` no integer of at least 0, the
+        choice is among other experts, or there are too many queues for int32.
 
     Source: "choice": GShard 2006.16668 algorithm 1; "priority": Riquelme et al. 2106.05974 section 4.
     """
@@ -140,6 +140,7 @@ def assign_slots(
         raise ValueError(f"num_experts must be the choice's {choice.probs_te.shape[1]}, got {num_experts}")
     if capacity_factor is not None:
         positive("capacity_factor", capacity_factor, otherwise=" or None")
+    whole("min_capacity", min_capacity, 0)
     sizes = num_experts, groups.num_groups, choice.expert_index_ta.shape[1]
     if math.prod(sizes) >= 2**31:
         raise ValueError(f"num_experts · groups · choices must fit int32, got {' · '.join(map(str, sizes))}")

@@ -176,6 +176,16 @@ def chosen_at_random(shape: tuple[int, int]) -> Choice:
             ),
             "num_experts must be the choice's 4, got 3",
         ),
+        (
+            lambda: assign_slots(
+                chosen_at_random((5, 2)),
+                token_groups(jnp.ones(5, bool), 5, "batch"),
+                num_experts=4,
+                capacity_factor=None,
+                min_capacity=anything(2.5),
+            ),
+            "min_capacity must be an integer, got 2.5",
+        ),
         (lambda: SparseMoEBlock(layer()), "rngs must be nnx.Rngs when a feed-forward is added, got None"),
         (lambda: SparseMoEBlock(layer(), add_ff_after=anything("no")), "add_ff_after must be a bool, got 'no'"),
         (lambda: MoE(anything("small"), rngs=nnx.Rngs(0)), "config must be a MoEConfig, got 'small'"),
