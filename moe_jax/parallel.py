@@ -30,6 +30,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
+from moe_jax.checks import instance
 from moe_jax.config import MoEConfig
 from moe_jax.exchange import Exchange, ExchangedExperts
 from moe_jax.experts import Experts
@@ -69,8 +70,10 @@ def placement(config: MoEConfig, mesh: Mesh | None) -> Placement | None:
     """Where a layer computes: on `mesh`, or on that of `jax.set_mesh`; None for one device.
 
     Raises:
-      ValueError: `mesh` has neither of the axes, is not the one set, or an axis is not of type Auto.
+      ValueError: `mesh` is no mesh, has neither of the axes or is not the one set, or an axis is not of type Auto.
     """
+    if not isinstance(mesh, AbstractMesh | None):
+        instance("mesh", mesh, Mesh)
     names = (config.data_axis, config.expert_axis)
     around = jax.sharding.get_abstract_mesh()
     found = around if mesh is None else mesh

@@ -126,6 +126,8 @@ def explicit_mesh() -> Mesh:
 
 def test_refused():
     moe = config(router=ALL)
+    with pytest.raises(ValueError, match="mesh must be a Mesh, got 'cpu'"):
+        MoE(moe, rngs=anything(None), mesh=anything("cpu"))
     with pytest.raises(ValueError, match=r"mesh must have an axis 'data' or 'expert', got \('rows', 'model'\)"):
         MoE(moe, rngs=anything(None), mesh=mesh_of(2, 2, ("rows", "model")))
     with pytest.raises(ValueError, match="mesh axis 'data' must be of type Auto, got Explicit"):
