@@ -1,4 +1,11 @@
-"""Balancing without an auxiliary loss: a bias that steers the choice and never touches the gates."""
+"""Balancing without an auxiliary loss: a bias that steers the choice and never touches the gates.
+
+Where `TopN(bias=True)` routes, after each step of the optimiser:
+
+    moe.router_bias_e[...] = updated_router_bias(moe.router_bias_e[...], out.metrics.load_e)
+
+(Under `jax.jit`, return the module: what changes in an argument is lost otherwise.)
+"""
 
 import jax
 import jax.numpy as jnp

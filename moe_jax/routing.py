@@ -303,7 +303,8 @@ def within_best_groups(
       worth: from (T, G, 2), each group's two best, to (T, G), what it ranks groups by. Of (T, G, 1) where a group has
         one expert.
 
-    Source: DeepSeek-V3 2412.19437 section 2.1.2, node-limited routing.
+    Source: DeepSeek-V3 2412.19437 section 2.1.2, node-limited routing. There a group is worth its n / kept best: two
+      in the published model (8 / 4), here always.
     """
     tokens, experts = ranking_te.shape
     if kept == groups:
