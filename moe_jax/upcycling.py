@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -61,4 +60,4 @@ def upcycle(feed_forward: FeedForward, num_experts: int, *, rngs: nnx.Rngs, **op
     experts.w_in_edf, experts.w_out_efd = copies(feed_forward.w_in_df), copies(feed_forward.w_out_fd)
     experts.b_in_ef, experts.b_out_ed = optional(feed_forward.b_in_f), optional(feed_forward.b_out_d)
     experts.mult_bias_ef = optional(feed_forward.mult_bias_f)
-    return jax.tree.map(jnp.asarray, moe)
+    return moe
