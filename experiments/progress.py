@@ -51,11 +51,15 @@ class TrainingProgress:
         """Bits per byte on validation text, newer than the last record."""
         self._bar.update(self._task, bits=bits)
 
-    def record(self, done: int, *, loss: float, bits: float, speed: float) -> None:
-        """New numbers, known after `done` steps."""
+    def record(self, done: int, *, loss: float, bits: float, text: str, speed: float) -> None:
+        """New numbers, known after `done` steps.
+
+        The bits per byte are of "training" or "validation" text: a log says which, a bar has no room to.
+        """
         self._bar.update(self._task, loss=loss, bits=bits, speed=speed)
         if not self._console.is_terminal:
             self._console.print(
-                f"step {done:,} of {self._steps:,} · loss {loss:.3f} · {bits:.3f} bits/byte · {speed:,.0f} tokens/s",
+                f"step {done:,} of {self._steps:,} · loss {loss:.3f} · {bits:.3f} bits/byte ({text} text) · "
+                f"{speed:,.0f} tokens/s",
                 highlight=False,
             )

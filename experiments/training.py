@@ -171,10 +171,10 @@ class _Loop:
         speed = self.timed_steps * self.config.tokens_per_step / self.clock.lap()
         self.timed_steps = 0
         self.window.clear()
-        bits = self.validation_bits
+        bits, text = self.validation_bits, "validation"
         if math.isnan(bits):
-            bits = bits_per_byte(means[self.job.main_loss])
-        self.to.progress.record(done, loss=means["loss"], bits=bits, speed=speed)
+            bits, text = bits_per_byte(means[self.job.main_loss]), "training"
+        self.to.progress.record(done, loss=means["loss"], bits=bits, text=text, speed=speed)
         if self.to.metrics is not None:
             train = {f"train/{name}": value for name, value in means.items()}
             self.to.metrics.write(done, {**train, "tokens_per_second": speed})

@@ -292,12 +292,14 @@ def test_throughput_is_of_the_steps_since_the_last_record(tmp_path, monkeypatch:
 
 
 def test_records_are_means_over_their_steps(tmp_path):
-    """Until there is a validation, the bits per byte that are shown are of the training loss."""
+    """Until there is a validation, the bits per byte that are shown are of the training loss, and say so."""
     losses = {}
+    shown_of = {1: ["training"] * 3 + ["validation"], 2: ["training", "validation"]}
     for log_every in (1, 2):
         output = tmp_path / str(log_every)
-        config = tiny_config(tmp_path, steps=4, log_every=log_every, validate_every=9, output=output)
+        config = tiny_config(tmp_path, steps=4, log_every=log_every, validate_every=3, output=output)
         _, printed = train(config)
+        assert re.findall(r"bits/byte \((\w+) text\)", printed) == shown_of[log_every]
         losses[log_every] = [r["train/target_loss"] for r in read_metrics(output) if "train/target_loss" in r]
     assert len(losses[1]) == 4
     np.testing.assert_allclose(losses[2], np.reshape(losses[1], (2, 2)).mean(1), rtol=1e-6)
