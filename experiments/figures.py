@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -124,7 +125,10 @@ def save_panels(path: pathlib.Path, grid: Sequence[Sequence[Panel]]) -> None:
             axes.set_ylim(bottom=panel.bottom)
             axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
             if panel.own_legend:
-                axes.legend(handles.values(), handles.keys(), fontsize=7, ncols=2, frameon=False)
+                # Above the lines, in rows of two names.
+                bottom, top = axes.get_ylim()
+                axes.set_ylim(bottom, top + 0.09 * math.ceil(len(handles) / 2) * (top - bottom))
+                axes.legend(handles.values(), handles.keys(), loc="upper center", fontsize=7, ncols=2, frameon=False)
     if shared_handles:
         figure.legend(
             shared_handles.values(), shared_handles.keys(),

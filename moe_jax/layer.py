@@ -211,7 +211,7 @@ class SparseMoEBlock(nnx.Module):
     Raises:
       ValueError: `rngs` is missing, `moe` no `MoE`, or a flag no bool.
 
-    Source: ST-MoE 2202.08906 appendix C: the extra dense layers stabilise training.
+    Source: ST-MoE 2202.08906 appendix C (dense feed-forwards before or after a sparse layer).
     """
 
     def __init__(
