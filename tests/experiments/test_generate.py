@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import pathlib
 
@@ -43,6 +44,40 @@ def test_a_seed_gives_a_text(run):
     config = GenerateConfig(checkpoint=run, prompt="alpha", max_new_tokens=20)
     assert printed(config).splitlines()[:-1] == printed(config).splitlines()[:-1]
     assert "20 bytes in" in printed(config)
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_a_drawn_text_is_that_of_the_rule_and_the_seed(run, seed):
+    """The coupled rule gives what plain decoding gives with the same key, and rejection does not."""
+    config = GenerateConfig(checkpoint=run, prompt="alpha", temperature=1.5, max_new_tokens=20, seed=seed)
+    result = spec_jax.base_decoding(
+        load_run(run).target,
+        np.array([list(b"alpha")]),
+        max_new_tokens=20,
+        key=jax.random.key(seed),
+        sampling=config.sampling,
+    )
+    characters = ByteText()
+    text = "alpha" + characters.feed(result.tokens[0].tolist(), [""] * 20).plain + characters.end().plain
+    for changes, equal in (({"plain": True}, True), ({"verification": "coupled"}, True), ({}, False)):
+        assert printed(dataclasses.replace(config, **changes)).startswith(text) == equal
+
+
+def test_what_drafts_and_how_tokens_are_drawn(run):
+    loaded = load_run(run)
+    trained, ngram = (loaded.drafter(name, 2) for name in ("trained", "ngram"))
+    assert isinstance(trained, spec_jax.SmallModel)
+    assert isinstance(ngram, spec_jax.NGram)
+    assert trained.gamma == ngram.gamma == 2
+    assert [getattr(loaded.drafter(name), "gamma", None) for name in ("trained", "ngram", "none")] == [5, 5, None]
+    filters = {"temperature": 0.5, "top_k": 3, "top_p": 0.875, "min_p": 0.25}
+    config = GenerateConfig(checkpoint=run, prompt="a", **filters)
+    assert config.sampling == spec_jax.Sampling(**filters)
+    # Colours are explained where there are any.
+    config = GenerateConfig(checkpoint=run, prompt="a", max_new_tokens=4)
+    shown = [printed(dataclasses.replace(config, plain=plain)) for plain in (False, True)]
+    assert ["drafted and accepted" in text for text in shown] == [True, False]
+    assert shown[1].splitlines()[-1].startswith("4 bytes in 4 rounds")
 
 
 def test_an_older_checkpoint(run):
