@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from rich.console import Console
 
 import spec_jax
@@ -20,12 +19,10 @@ from experiments import (
     compare_costs,
     compare_prophet_training,
     compare_strategies,
-    search_layer_skip,
     train_draft,
     train_early_exit,
     train_prophet,
 )
-from experiments.data import load_text
 from experiments.decoding_run import shared_fields
 from experiments.distillation import DistillationConfig, key_of, own_samples
 from experiments.generate import GenerateConfig, generate, load_run
@@ -124,41 +121,6 @@ def test_distillation_teaches_the_draft_alone(own: bool):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), before["target"], after["target"])
     moved = jax.tree.leaves(jax.tree.map(lambda x, y: float(abs(x - y).max()), before["draft"], after["draft"]))
     assert min(moved) > 1e-6
-
-
-def test_layer_search():
-    """The whole model is always accepted; the acceptance of a set is that of the model thinned everywhere."""
-    target = spec_jax.Decoder(DecoderConfig(dim=16, depth=3, heads=1, dim_head=16), rngs=nnx.Rngs(0))
-    tokens = np.random.default_rng(0).integers(0, 256, (2, 10)).astype(np.int32)
-    assert float(search_layer_skip.acceptance(target, tokens, np.ones((3, 2), bool))) == pytest.approx(1, abs=1e-5)
-    way = search_layer_skip.search(target, [tokens], max_gamma=4, scoring_cost=1.5)
-    assert [len(found.skip_attention) + len(found.skip_feed_forward) for found in way] == [1, 2, 3, 4, 5]
-    for found in way:
-        draft, _ = target.without(
-            jnp.asarray(tokens), None, attention=found.skip_attention, feed_forward=found.skip_feed_forward
-        )
-        both = [jax.nn.softmax(logits) for logits in (draft, target(jnp.asarray(tokens)).logits)]
-        assert found.acceptance == pytest.approx(float(jnp.minimum(*both).sum(-1).mean()), abs=1e-5)
-        assert 0 < found.draft_cost < 1
-    assert [found.draft_cost for found in way] == sorted((found.draft_cost for found in way), reverse=True)
-
-
-def test_layer_search_is_found_by_generate(tmp_path, capsys, monkeypatch: pytest.MonkeyPatch):
-    """The search is on the run's text, and writes what `generate` reads."""
-    searched = []
-    monkeypatch.setattr(search_layer_skip, "load_text", lambda data: searched.append(data) or load_text(data))
-    config = tiny_config(tmp_path, steps=4, report=False, sample_every=0)
-    train(config)
-    assert search_layer_skip.main(["--checkpoint", str(config.output), "--sequence-length", "16"]) == 0
-    assert searched == [config.data]
-    best = json.loads((config.output / "layer_skip.json").read_text())["best"]
-    for gamma, folder in ((None, config.output), (3, config.output / "checkpoints")):
-        drafter = load_run(folder).drafter("layer-skip", gamma)
-        assert isinstance(drafter, spec_jax.LayerSkip)
-        assert drafter.gamma == (gamma or best["gamma"])
-    assert list(drafter.skip_feed_forward) == best["skip_feed_forward"]
-    console = Console(file=io.StringIO(), width=200)
-    generate(GenerateConfig(checkpoint=config.output, prompt="a", drafter="layer-skip", max_new_tokens=4), console)
 
 
 @pytest.mark.slow
