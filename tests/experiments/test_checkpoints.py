@@ -95,6 +95,13 @@ def test_damage_to_any_file_is_noticed(tmp_path, how):
         shutil.rmtree(tmp_path / "copy")
 
 
+def test_the_newest_other_checkpoint_is_the_one_to_fall_back_on(tmp_path):
+    save(tmp_path, [1, 2, 3])
+    damage(tmp_path / "checkpoints" / "3" / "description" / "metadata", "truncated")
+    with pytest.raises(ValueError, match=r"/3: .*; delete that folder to fall back on step 2$"):
+        restore(tmp_path)
+
+
 def test_damage_is_noticed_without_digests(tmp_path):
     save(tmp_path, [2])
     (tmp_path / "checkpoints" / "2" / "digests.json").unlink()
@@ -121,6 +128,12 @@ def test_other_shapes(tmp_path):
     save(tmp_path, [1])
     with pytest.raises(ValueError, match=r"models.target.kernel: expected \[2, 2\], got \[2, 3\]"):
         restore(tmp_path, models={"target": {"kernel": jnp.zeros((2, 2))}, "draft": MODELS["draft"]})
+
+
+def test_arrays_that_nobody_asks_for(tmp_path):
+    save(tmp_path, [1])
+    with pytest.raises(ValueError, match=r"models.draft.kernel: expected None, got \[4\]"):
+        restore(tmp_path, models={"target": MODELS["target"]})
 
 
 def test_missing(tmp_path):
