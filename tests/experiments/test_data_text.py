@@ -1,6 +1,7 @@
 """Sources give the same bytes however they come, in splits of 90 / 5 / 5, and say what is wrong."""
 
 import dataclasses
+import errno
 import gzip
 import os
 import pathlib
@@ -9,7 +10,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from experiments.data import batch_at, cache_folder, load_text
+from experiments.data import batch_at, cache_folder, is_read, load_text
+from experiments.data.cache import new_file
 from experiments.data.stdlib import stdlib_file
 
 PLAIN = b"".join(b"line %d of a plain text\n" % i for i in range(400))
@@ -135,6 +137,24 @@ def test_expanded_once_and_again_when_the_source_changes(tmp_path, cache):
     assert whole(load_text(folder, cache=cache)) == PLAIN
     write(folder / "b", b"more")
     assert whole(load_text(folder, cache=cache)) == PLAIN + b"more"
+    (folder / "a").rename(folder / "c")
+    assert whole(load_text(folder, cache=cache)) == b"more\n" + PLAIN
+
+
+def test_a_text_has_the_name_of_its_folder_however_it_is_called(tmp_path, cache, monkeypatch):
+    folder = write(tmp_path / "folder" / "a").parent
+    monkeypatch.chdir(folder)
+    assert [load_text(name, cache=cache).name for name in (".", "../folder", folder)] == ["folder"] * 3
+
+
+def test_what_is_written_into_the_folder_of_a_text_would_be_read(tmp_path):
+    folder = str(write(tmp_path / "folder" / "a").parent)
+    for path, read in (
+        ("folder/run", True), ("folder/deep/run", True), ("folder/.runs/run", False), ("folder/run/.here", False),
+        ("run", False), ("folder2/run", False),
+    ):  # fmt: skip
+        assert is_read(folder, tmp_path / path) is read
+    assert not is_read(str(tmp_path / "folder" / "a"), tmp_path / "folder" / "run")
 
 
 def test_stdlib_is_the_same_file_in_two_caches(tmp_path):
@@ -156,7 +176,15 @@ def test_stdlib_takes_source_only_in_an_order_that_is_not_the_alphabet(tmp_path,
     root = tmp_path / "lib"
     for name in ("a.py", "b/c.py", "b/d.py", "e.py", "f.py"):
         write(root / name, b"# " + name.encode())
-    for name in ("test/t.py", "b/tests/t.py", "site-packages/s.py", "_sysconfigdata_x.py", "g.so", ".h.py"):
+    for name in (
+        "test/t.py",
+        "b/tests/t.py",
+        "pydoc_data/p.py",
+        "site-packages/s.py",
+        "_sysconfigdata_x.py",
+        "g.so",
+        ".h.py",
+    ):
         write(root / name, b"# no")
     path, description = stdlib_file(cache, root)
     lines = path.read_bytes().decode().splitlines()
@@ -187,6 +215,29 @@ def test_cache_folder(home, monkeypatch):
     assert cache_folder() == home / "mine"
     load_text(write_gzip(home / "text.gz"))
     assert len(list((home / "mine").iterdir())) == 1
+
+
+def test_cache_folder_of_other_systems(home, monkeypatch):
+    monkeypatch.setattr("sys.platform", "darwin")
+    assert cache_folder() == home / "Library" / "Caches" / "spec-jax"
+    monkeypatch.setattr("sys.platform", "win32")
+    assert cache_folder() == home / ".cache" / "spec-jax"
+    monkeypatch.setenv("LOCALAPPDATA", str(home / "local"))
+    assert cache_folder() == home / "local" / "spec-jax"
+
+
+@pytest.mark.parametrize(
+    ("number", "error"), [(errno.ENOSPC, ValueError), (errno.EACCES, ValueError), (errno.EIO, OSError)]
+)
+def test_only_a_cache_that_is_full_or_closed_is_blamed_on_the_user(cache, number, error):
+    def fails():
+        with new_file(cache / "text.txt") as file:
+            file.write(PLAIN)
+            raise OSError(number, "what the system says")
+
+    with pytest.raises(error, match="what the system says"):
+        fails()
+    assert not list(cache.iterdir())
 
 
 BAD = {
