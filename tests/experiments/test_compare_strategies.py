@@ -1,0 +1,83 @@
+"""What the comparison of strategies makes of measurements: cells that are kept, a table and panels, by hand."""
+
+import dataclasses
+import io
+import pathlib
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from experiments.compare_strategies import PROSE, CompareConfig, Row, kept_cell, panels, print_rows, prompts_of
+from tests.experiments.test_report import measurement
+
+
+def row(strategy: str, gamma: int, speedup: float, *, temperature: float = 1.0, **changes: Any) -> Row:
+    return Row(strategy, "code", temperature, measurement(f"γ = {gamma}", gamma, speedup, **changes))
+
+
+ROWS = [
+    row("n-gram", 1, 1.5),
+    row("n-gram", 2, 2.5, acceptance_by_position=[0.5, 0.25]),
+    row("n-gram", 1, 3.5, batch=4),
+    row("n-gram", 2, 0.5, batch=4, acceptance_by_position=[0.1, 0.05]),
+]
+
+
+def test_a_row_is_what_its_json_says():
+    for one in ROWS:
+        assert Row.from_json(one.as_json()) == one
+
+
+def test_a_cell_is_measured_again_only_where_another_would_be(tmp_path: pathlib.Path):
+    """Cells of other batches and of another folder are the same; of another length or gamma they are not."""
+    config, measured = CompareConfig(), []
+
+    def cell(config: CompareConfig) -> list[Row]:
+        def measure() -> list[Row]:
+            measured.append(config)
+            return ROWS
+
+        return kept_cell(tmp_path / "cells" / "n-gram_1.json", config, measure)
+
+    for same in (config, config, dataclasses.replace(config, batches=(1,), output=pathlib.Path("elsewhere"))):
+        assert cell(same) == ROWS
+    assert measured == [config]
+    for other in (dataclasses.replace(config, generate_length=8), dataclasses.replace(config, gammas=(1, 2))):
+        assert cell(other) == ROWS
+        assert measured[-1] == other
+
+
+def test_the_table_shows_the_best_gamma_of_each_place():
+    console = Console(file=io.StringIO(), width=100)
+    print_rows(console, [*ROWS, row("n-gram", 5, 0.25, temperature=0.0, acceptance_rate=None)])
+    assert isinstance(console.file, io.StringIO)
+    lines = [line.split("│") for line in console.file.getvalue().splitlines() if "│" in line]
+    cells = [[cell.strip() for cell in line[1:-1]] for line in lines]
+    assert cells == [
+        ["1", "0", "code", "0.25, γ 5"],
+        ["", "", "", "0.38,"],
+        ["1", "1", "code", "2.50, γ 2"],
+        ["", "", "", "2.62, 62%"],
+        ["4", "1", "code", "3.50, γ 1"],
+        ["", "", "", "3.62, 62%"],
+    ]
+
+
+def test_the_panels_by_hand():
+    """Acceptance of the longest drafts at the smallest batch; the formula dashed; a panel for each batch."""
+    ((acceptance, first, second),) = panels(ROWS)
+    assert acceptance.lines == {"n-gram": [(1, 0.5), (2, 0.25)]}
+    assert (first.title, first.level) == ("code, temperature 1, batch 1", 1)
+    assert (first.lines, first.dashed) == ({"n-gram": [(1, 1.5), (2, 2.5)]}, {"n-gram": [(1, 1.625), (2, 2.625)]})
+    assert second.title == "code, temperature 1, batch 4"
+    assert (second.lines, second.dashed) == ({"n-gram": [(1, 3.5), (2, 0.5)]}, {"n-gram": [(1, 3.625), (2, 0.625)]})
+
+
+def test_the_hundredth_at_the_far_end_is_neither_prose_nor_code():
+    """Of 200 pieces, two rulers and two pieces of letters only are left out, and the next ones are taken."""
+    pieces = [b"a" * index + b"#" * (200 - index) for index in range(1, 200)]
+    split = np.frombuffer(b"".join([b"#" * 200, *pieces, b"a" * 200]), np.uint8)
+    shares = {kind: PROSE[prompts_of(split, kind, count=3, length=200)].mean(1) * 200 for kind in ("code", "prose")}
+    np.testing.assert_allclose(shares["code"], [2, 3, 4])
+    np.testing.assert_allclose(shares["prose"], [195, 196, 197])
