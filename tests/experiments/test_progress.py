@@ -1,0 +1,37 @@
+"""What a person sees while a run goes on: tokens per second of training alone, and bits per byte of the main model."""
+
+import dataclasses
+import re
+import time
+from typing import Any
+
+import pytest
+
+from experiments import train_draft
+from experiments.metrics import read_metrics
+from tests.experiments.runs import tiny_config, train
+
+PAUSE_SECONDS = 1.5
+
+
+def test_samples_do_not_slow_the_training(tmp_path):
+    """Of the steps after the first one, at least one takes less than the pause before it."""
+
+    def slow_sample(*_: Any) -> None:
+        time.sleep(PAUSE_SECONDS)
+
+    config = tiny_config(tmp_path, steps=4, log_every=1, sample_every=1)
+    train(config, dataclasses.replace(train_draft.task(config), on_sample=slow_sample))
+    speeds = [record["tokens_per_second"] for record in read_metrics(config.output) if "tokens_per_second" in record]
+    assert len(speeds) == 4
+    assert max(speeds[1:]) > config.tokens_per_step / PAUSE_SECONDS
+
+
+def test_bits_are_of_the_main_model_on_the_last_validation_text(tmp_path):
+    config = tiny_config(tmp_path, steps=4, log_every=2, validate_every=2)
+    _, printed = train(config)
+    validation = [record for record in read_metrics(config.output) if "validation/target_bits_per_byte" in record]
+    shown = [float(bits) for bits in re.findall(r"([\d.]+) bits/byte", printed)]
+    # Step 4 is recorded before it is validated.
+    assert shown[1] == pytest.approx(validation[0]["validation/target_bits_per_byte"], abs=1e-3)
+    assert abs(shown[1] - validation[0]["validation/draft_bits_per_byte"]) > 1e-2
