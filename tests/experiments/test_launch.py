@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from experiments.config import RunConfig
-from experiments.launch import LaunchConfig, environments
+from experiments.launch import LaunchConfig, _wait, environments
 from experiments.runtime import start_processes
 
 
@@ -62,6 +62,26 @@ def test_the_first_to_fail_is_shown_and_gives_the_exit_code(end, code, tmp_path)
     assert process.returncode == code
     assert output == "I am 0\n"
     assert error == f"process 2 ended first, exit code {code}:\n  I am 2\n"
+
+
+def test_the_last_lines_of_many_are_shown():
+    program = "[print('line', n) for n in range(50)]\nif index == 1: sys.exit(3)"
+    _, error = launch(*python(program)).communicate(timeout=300)
+    assert error.splitlines() == ["process 1 ended first, exit code 3:", *(f"  line {n}" for n in range(10, 50))]
+
+
+def test_those_that_do_not_notice_are_not_waited_for(monkeypatch):
+    """The first to fail is returned, though another runs on."""
+    monkeypatch.setattr("experiments.launch.GRACE_SECONDS", 0.2)
+    processes = [
+        subprocess.Popen([sys.executable, "-c", program]) for program in ("import time; time.sleep(60)", "exit(3)")
+    ]
+    try:
+        assert _wait(processes) == processes[1:]
+        assert processes[0].poll() is None
+    finally:
+        processes[0].kill()
+        processes[0].wait()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
