@@ -144,6 +144,24 @@ def test_forward_in_training():
     aux = float(reports["aux/balance"] + reports["aux/router_z"])
     assert aux == pytest.approx(float(outputs[1].total_aux_loss))
     assert not any(name.endswith("loss") for name in reports)
+    for name, coefficient in (("balance", EXPERTS.balance_coef), ("router_z", EXPERTS.router_z_coef)):
+        assert float(reports[f"aux/{name}"]) == pytest.approx(coefficient * float(reports[f"{name}/layer1"]))
+        assert float(reports[f"{name}/layer1"]) == float(getattr(outputs[1], f"{name}_loss")) > 0
+    for name in ("router_entropy", "top_gate", "capacity_used", "nonfinite_logits"):
+        assert float(reports[f"{name}/layer1"]) == float(getattr(outputs[1].metrics, name))
+
+
+def test_each_mixture_draws_for_itself():
+    """Without weights all gates are equal, and of two layers each takes its own half of the second candidates."""
+    experts = dataclasses.replace(EXPERTS, every=1, threshold=1.0)
+    shapes = nnx.eval_shape(lambda: make_decoder(CONFIG, experts, rngs=nnx.Rngs(0)))
+    target = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    _, outputs = jax.jit(lambda target: forward(target, random_tokens(3, 20), train=True, key=jax.random.key(0)))(
+        target
+    )
+    wanted = [float(out.metrics.wanted_a[1]) for out in outputs.values()]
+    assert len(set(wanted)) > 1
+    assert all(0.2 < share < 0.8 for share in wanted)
 
 
 def test_every_weight_is_trained():
