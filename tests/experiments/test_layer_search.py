@@ -50,7 +50,7 @@ def test_every_step_of_the_search_by_hand():
         for kind in (0, 1)
     }
     head = num_parameters(target.head)
-    left = set(sublayers)
+    left: set[tuple[int, int]] = set(sublayers)
     for found in way:
         rates = {one: rate_of(target, tokens, left - {one}) for one in left}
         best = max(rates, key=lambda one: rates[one])

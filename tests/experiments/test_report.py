@@ -56,9 +56,9 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
 
 
 def lines_of(figure: Figure, axes: int = 0) -> dict[str, list[tuple[float, float]]]:
-    """The points of each line that has a label, or is dashed."""
+    """The points of each line that has a label."""
     lines = [line for line in figure.axes[axes].lines if not str(line.get_label()).startswith("_")]
-    return {str(line.get_label()): np.transpose(line.get_data()).tolist() for line in lines}
+    return {str(line.get_label()): np.asarray(line.get_xydata()).tolist() for line in lines}
 
 
 def test_the_table_by_hand():
@@ -107,8 +107,8 @@ def test_panels_by_hand(tmp_path: pathlib.Path, drawn: dict[str, Figure]):
     first, second, third = drawn["sheet.png"].axes
     assert [axes.get_title() for axes in (first, second, third)] == ["first", "second", "third"]
     level, a, b, dashed = first.lines
-    assert set(level.get_ydata()) == {2.0}
-    assert [np.transpose(line.get_data()).tolist() for line in (a, b, dashed)] == np.array([one, other, one]).tolist()
+    assert set(np.asarray(level.get_ydata()).tolist()) == {2.0}
+    assert [np.asarray(line.get_xydata()).tolist() for line in (a, b, dashed)] == np.array([one, other, one]).tolist()
     assert [line.get_linestyle() for line in (a, b, dashed)] == ["-", "-", "--"]
     assert a.get_color() != b.get_color() == dashed.get_color() == second.lines[0].get_color()
     # A panel with a legend of its own has colours from the first on.
