@@ -1,0 +1,46 @@
+"""What is summed over blocks and over the rows of a token is summed in float32 at least."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.experts import GEGLU, HiddenWeights, OutputWeights, gelu
+from moe_jax.grouped import Weights, by_group
+from moe_jax.layout import layout, sent
+from tests.moe.support import hidden_states
+
+LAYERS = GEGLU(gelu)
+
+
+def narrow_weights(num_groups: int, dim: int = 2, hidden: int = 2) -> Weights:
+    of_hidden = HiddenWeights(hidden_states(num_groups, dim, 2 * hidden), None)
+    of_output = OutputWeights(None, hidden_states(num_groups, hidden, dim), jnp.zeros((num_groups, dim)))
+    return jax.tree.map(lambda weight: weight.astype(jnp.bfloat16), Weights(of_hidden, of_output))
+
+
+def test_gradients_of_bfloat16_weights_over_many_blocks():
+    """Of 2**18 rows, each of which adds 1 to the gradient of the output bias: a bfloat16 sum would stop at 2**17."""
+    rows = 2**18
+    x_sd = jnp.ones((rows, 2), jnp.bfloat16)
+
+    @jax.jit
+    def bias_bar(weights: Weights) -> jax.Array:
+        _, pull = jax.vjp(lambda weights: by_group(LAYERS, weights, x_sd, None), weights)
+        return pull(jnp.ones((rows, 2), jnp.bfloat16))[0].output.b_out
+
+    found = bias_bar(narrow_weights(1))
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found.astype(jnp.float32), rows)
+
+
+def test_bfloat16_rows_of_a_token_are_summed_in_float32():
+    """256 of one expert and 1 of the other: 257 has nine bits, one more than a bfloat16."""
+    where = layout(jnp.array([[0, 1]]), jnp.ones((1, 2), bool), 2)
+    moved = sent(where, jnp.array([[256.0, 1.0]]), None)
+    weights = narrow_weights(2)
+    zeros, ones = jax.tree.map(jnp.zeros_like, weights), jnp.ones((2, 2), jnp.bfloat16)
+    weights = zeros._replace(output=zeros.output._replace(b_out=ones))
+    for sizes_e in (None, jnp.array([1, 1])):
+        total_td = by_group(LAYERS, weights, jnp.ones((1, 2), jnp.bfloat16), sizes_e, sent=moved)
+        assert total_td.dtype == jnp.float32
+        np.testing.assert_array_equal(total_td, 257)
