@@ -137,8 +137,14 @@ def test_expanded_once_and_again_when_the_source_changes(tmp_path, cache):
     assert whole(load_text(folder, cache=cache)) == PLAIN
     write(folder / "b", b"more")
     assert whole(load_text(folder, cache=cache)) == PLAIN + b"more"
-    (folder / "a").rename(folder / "c")
-    assert whole(load_text(folder, cache=cache)) == b"more\n" + PLAIN
+
+
+def test_files_of_the_same_size_and_time_are_told_apart_by_their_names(tmp_path, cache):
+    for name in ("a", "b"):
+        os.utime(write(tmp_path / "folder" / name, name.encode() + b"\n"), ns=(1, 1))
+    assert whole(load_text(tmp_path / "folder", cache=cache)) == b"a\nb\n"
+    (tmp_path / "folder" / "a").rename(tmp_path / "folder" / "c")
+    assert whole(load_text(tmp_path / "folder", cache=cache)) == b"b\na\n"
 
 
 def test_a_text_has_the_name_of_its_folder_however_it_is_called(tmp_path, cache, monkeypatch):
