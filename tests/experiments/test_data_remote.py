@@ -35,7 +35,8 @@ class Server(http.server.ThreadingHTTPServer):
     """Serves `archive`; each request takes the next word of `plan`, the last one stays.
 
     whole: all that was asked for; half: breaks off after half of it; the same with `plain-` for a server that
-    ignores Range; `chunked`: without a length; a number: that status.
+    ignores Range; `chunked`: without a length; a number: that status. `elsewhere`: another range than was asked for;
+    `unknown`: a range of a file whose size is not said.
     """
 
     def __init__(self):
@@ -57,13 +58,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         size = len(self.server.archive)
         start = 0
-        if asked and plan in ("whole", "half"):
+        if asked and plan in ("whole", "half", "elsewhere", "unknown"):
             start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1])  # pyright: ignore[reportOptionalSubscript]
             if start >= size:
                 self.send_error(416)
                 return
             self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
+            first, total = start + (plan == "elsewhere"), "*" if plan == "unknown" else size
+            self.send_header("Content-Range", f"bytes {first}-{size - 1}/{total}")
         else:
             self.send_response(200)
         body = self.server.archive[start:]
@@ -204,6 +206,15 @@ def test_member_that_expands_without_end_is_cut(server, small, tmp_path):
     assert kept(tmp_path) == set()
 
 
+def test_ranges_must_begin_where_the_part_ends(server, small, tmp_path):
+    part_of(tmp_path).write_bytes(ARCHIVE[:1000])
+    server.plan = collections.deque(["elsewhere", "unknown"])
+    with pytest.raises(ValueError, match=f"expected bytes 1000-{len(ARCHIVE) - 1}/{len(ARCHIVE)}, got bytes 1001-"):
+        get(small, tmp_path)
+    assert get(small, tmp_path).read_bytes() == MEMBER
+    assert server.ranges == ["bytes=1000-"] * 2
+
+
 def test_log_in_page_does_not_cost_the_part(server, small, tmp_path):
     part_of(tmp_path).write_bytes(ARCHIVE[:1000])
     server.archive, server.plan[0] = b"<html>", "plain-whole"
@@ -243,7 +254,8 @@ def test_absent_server_says_how_to_place_the_file_by_hand(unreachable, tmp_path)
     message = str(raised.value)
     for part in (
         unreachable.url,
-        str(cache / "small8.zip"),
+        f"2. copy it to {cache / 'small8.zip'}\n",
+        f"unpacked, to {cache / 'small8'}\n",
         f"{len(ARCHIVE):,} bytes",
         "700,001 bytes",
         unreachable.member_sha256,
