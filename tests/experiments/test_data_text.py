@@ -107,7 +107,7 @@ def test_folder_and_zip_take_visible_text_in_the_order_of_names(tmp_path, cache)
         "d": b"last",
         ".hidden": b"hidden\n",
         ".git/config": b"hidden too\n",
-        "picture.png": b"\x89PNG\0\0",
+        "picture.png": b"\x89PNG" + b"x" * 8000 + b"\0",
     }
     for name, contents in members.items():
         write(tmp_path / "folder" / name, contents)
