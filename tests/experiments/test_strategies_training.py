@@ -142,6 +142,8 @@ def test_all_strategies_are_compared(tmp_path, monkeypatch: pytest.MonkeyPatch):
     names = ("small draft", "early exit", "prophet", "n-gram", "layer skip")
     assert places >= {(n, text, 2, g) for n in names for text in ("code", "prose") for g in (1, 2)}
     assert {row["text"] for row in rows} == {"code", "prose", "repetitive", "noise"}
+    chosen = {row["text"]: row["temperature"] for row in rows if row["text"] in ("repetitive", "noise")}
+    assert chosen == {"repetitive": 0.0, "noise": 5.0}
     assert (output / "strategies.png").read_bytes().startswith(b"\x89PNG")
     trained = (output / "prophet" / "metrics.jsonl").stat().st_mtime_ns
     config = compare_strategies.CompareConfig(output=output)

@@ -175,6 +175,14 @@ def test_padding_moves_the_borders_of_groups_across_devices():
     assert_equal(results(all_on(mesh_of(1, 3), cases)), wanted, relative=1e-5)
 
 
+def test_groups_are_cut_from_all_tokens_and_not_from_those_of_a_device():
+    """Of 33 tokens, 17 and 16 a device: groups of 11 are three, of which one is on both."""
+    cases = [case(num_experts=4, group_size=11, masked=False)]
+    wanted = results(cases)
+    assert drops(wanted[0]) > 0
+    assert_equal(results(all_on(mesh_of(2, 2), cases)), wanted, relative=1e-5)
+
+
 @pytest.mark.parametrize("train_factor", [2.0, None])
 @pytest.mark.parametrize("group_size", ["sequence", "batch"])
 def test_evaluation_on_a_mesh_has_its_own_policy_and_capacity(group_size: str, train_factor: float | None):
