@@ -125,7 +125,7 @@ def save_panels(path: pathlib.Path, grid: Sequence[Sequence[Panel]]) -> None:
             axes.set_ylim(bottom=panel.bottom)
             axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
             if panel.own_legend:
-                # Above the lines, in rows of two names.
+                # Room above the lines for rows of two names.
                 bottom, top = axes.get_ylim()
                 axes.set_ylim(bottom, top + 0.09 * math.ceil(len(handles) / 2) * (top - bottom))
                 axes.legend(handles.values(), handles.keys(), loc="upper center", fontsize=7, ncols=2, frameon=False)

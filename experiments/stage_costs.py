@@ -17,7 +17,6 @@ import numpy as np
 import spec_jax
 from spec_jax import checks, loop
 from spec_jax.drafters.base import Proposal, Sequence
-from spec_jax.sampling import draw, filtered_log_probs
 from spec_jax.verification import Verification
 
 PASSES = 16
@@ -82,11 +81,7 @@ def _propose(
     batch = state.done_b.shape[0]
     key = jax.random.fold_in(jax.random.key(0), index)
     noise_bjv = jax.random.gumbel(key, (batch, drafter.gamma, target.vocab_size))
-
-    def choose(logits_bv: jax.Array, offset: int | jax.Array) -> tuple[jax.Array, jax.Array]:
-        log_probs_bv = filtered_log_probs(logits_bv, sampling)
-        return draw(log_probs_bv, noise_bjv[:, offset]), log_probs_bv
-
+    choose = loop.choose_by(noise_bjv, sampling)
     cache = state.target_cache.with_length(state.sequence.length_b - 1)
     return drafter.propose(target, state.sequence, cache, state.drafter_state, choose)
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from spec_jax.drafters.base import Drafter, LanguageModel, Sequence
+from spec_jax.drafters.base import Choose, Drafter, LanguageModel, Sequence
 from spec_jax.noise import Purpose, gumbel, position_gumbel, round_noise
 from spec_jax.result import DecodeResult, DecodeStats
 from spec_jax.sampling import Sampling, draw, filtered_log_probs
@@ -171,7 +171,9 @@ def finish(state: DecodeState, request: Request, *, width: int) -> DecodeResult:
     return over_rows(DecodeResult(tokens=tokens_bn, lengths=emitted_b, stats=state.stats))
 
 
-def _chooser(request: Request, sequence: Sequence, gamma: int, vocab_size: int, position_noise_btv: jax.Array | None):
+def _chooser(
+    request: Request, sequence: Sequence, gamma: int, vocab_size: int, position_noise_btv: jax.Array | None
+) -> Choose:
     """The drafter's way to draw: the filters of the target, and noise of its own unless the rule couples the two."""
     if position_noise_btv is None:
         noise_bjv = round_noise(
@@ -184,9 +186,14 @@ def _chooser(request: Request, sequence: Sequence, gamma: int, vocab_size: int, 
         )
     else:
         noise_bjv = position_noise_btv
+    return choose_by(noise_bjv, request.sampling)
+
+
+def choose_by(noise_bjv: jax.Array, sampling: Sampling) -> Choose:
+    """Draws drafted tokens under filters by (B, J, V) Gumbel noise."""
 
     def choose(logits_bv: jax.Array, offset: int | jax.Array) -> tuple[jax.Array, jax.Array]:
-        log_probs_bv = filtered_log_probs(logits_bv, request.sampling)
+        log_probs_bv = filtered_log_probs(logits_bv, sampling)
         return draw(log_probs_bv, noise_bjv[:, offset]), log_probs_bv
 
     return choose

@@ -167,13 +167,10 @@ class Drafter(abc.ABC):
         return state
 
 
-def no_draft(batch: int, vocab_size: int) -> Draft:
-    """A draft of no tokens in every row."""
-    return Draft(jnp.zeros((batch, 0), jnp.int32), jnp.zeros((batch, 0, vocab_size)), jnp.zeros((batch,), jnp.int32))
-
-
-def draft_on(logits_bv: jax.Array, state: State, step: Step[State], choose: Choose, gamma: int) -> tuple[Draft, State]:
-    """A draft of gamma tokens in every row.
+def token_by_token(
+    logits_bv: jax.Array, state: State, step: Step[State], choose: Choose, gamma: int
+) -> tuple[Draft, State]:
+    """A draft of gamma tokens in every row, and the state behind it.
 
     A loop on the device: gamma copies of the step take longer to compile (12.4 s for a program of gamma 8, not 10.3)
     and run no faster on a CPU.

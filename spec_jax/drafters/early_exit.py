@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from spec_jax.decoder import Decoder
-from spec_jax.drafters.base import Choose, Drafter, LanguageModel, Output, Proposal, Sequence, draft_on
+from spec_jax.drafters.base import Choose, Drafter, LanguageModel, Output, Proposal, Sequence, token_by_token
 
 
 @struct.dataclass
@@ -73,18 +73,18 @@ class EarlyExit(Drafter):
         length_b = sequence.length_b
         early_b1d, target_cache = target.early(sequence.last_b1, target_cache.with_length(length_b - 1))
         logits_bv, cache = self._first_exit(target, state, length_b, early_b1d)
-        early_bjd = jnp.zeros((early_b1d.shape[0], self.gamma, early_b1d.shape[2]), early_b1d.dtype)
 
-        def step(token_b: jax.Array, caches: Any, offset: jax.Array) -> tuple[jax.Array, Any]:
-            target_cache, cache, early_bjd = caches
+        def step(token_b: jax.Array, carried: Any, offset: jax.Array) -> tuple[jax.Array, Any]:
+            target_cache, cache, early_bjd = carried
             early_b1d, target_cache = target.early(token_b[:, None], target_cache.with_length(length_b - 1 + offset))
             if cache is not None:
                 cache = cache.with_length(length_b - 1 + offset)
             logits_b1v, cache = target.early_exit(early_b1d, cache, state.recycled_bd[:, None])
             return logits_b1v[:, 0], (target_cache, cache, early_bjd.at[:, offset].set(early_b1d[:, 0]))
 
-        caches = target_cache, cache, early_bjd.at[:, 0].set(early_b1d[:, 0])
-        draft, (target_cache, cache, early_bjd) = draft_on(logits_bv, caches, step, choose, self.gamma)
+        early_bjd = jnp.pad(early_b1d, ((0, 0), (0, self.gamma - 1), (0, 0)))
+        carried = target_cache, cache, early_bjd
+        draft, (target_cache, cache, early_bjd) = token_by_token(logits_bv, carried, step, choose, self.gamma)
         drafted = dataclasses.replace(state, cache=cache), early_bjd
         return Proposal(draft, target_cache.with_length(length_b - 1), drafted)
 

@@ -9,7 +9,7 @@ import jax
 from flax import struct
 
 from spec_jax.decoder import Decoder
-from spec_jax.drafters.base import Choose, Drafter, LanguageModel, Proposal, Sequence, draft_on
+from spec_jax.drafters.base import Choose, Drafter, LanguageModel, Proposal, Sequence, token_by_token
 
 
 @struct.dataclass
@@ -57,5 +57,5 @@ class LayerSkip(Drafter):
             return logits_b1v[:, 0], cache
 
         logits_bv, cache = step(sequence.last_b1[:, 0], target_cache, 0)
-        draft, cache = draft_on(logits_bv, cache, step, choose, self.gamma)
+        draft, cache = token_by_token(logits_bv, cache, step, choose, self.gamma)
         return Proposal(draft, cache.with_length(length_b - 1), state)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
 from flax import struct
 
-from spec_jax.drafters.base import Choose, Drafter, LanguageModel, Proposal, Sequence, no_draft
+from spec_jax.drafters.base import Choose, Drafter, LanguageModel, Proposal, Sequence
+from spec_jax.verification import Draft
 
 
 @struct.dataclass
@@ -20,4 +22,7 @@ class Plain(Drafter):
     ) -> Proposal:
         """An empty draft."""
         del choose
-        return Proposal(no_draft(sequence.length_b.shape[0], target.vocab_size), target_cache, state)
+        batch = sequence.length_b.shape[0]
+        log_probs_bjv = jnp.zeros((batch, 0, target.vocab_size))
+        draft = Draft(jnp.zeros((batch, 0), jnp.int32), log_probs_bjv, jnp.zeros((batch,), jnp.int32))
+        return Proposal(draft, target_cache, state)

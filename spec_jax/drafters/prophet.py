@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from spec_jax.decoder import Decoder
-from spec_jax.drafters.base import Choose, Drafter, LanguageModel, Proposal, Sequence, draft_on
+from spec_jax.drafters.base import Choose, Drafter, LanguageModel, Proposal, Sequence, token_by_token
 from spec_jax.prophet import ModelWithProphet, ProphetModel
 
 
@@ -74,7 +74,7 @@ class Prophet(Drafter):
             output = self.prophet.decoder(token_b[:, None], cache.with_length(present_b + offset))
             return output.logits[:, 0], output.cache
 
-        draft, _ = draft_on(logits_bv, output.cache, step, choose, self.gamma)
+        draft, _ = token_by_token(logits_bv, output.cache, step, choose, self.gamma)
         return Proposal(draft, target_cache, state)
 
     def update(self, state: jax.Array, scored: Any, emitted_b: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ from spec_jax.drafters.base import (
     Proposal,
     Sequence,
     check_model,
-    draft_on,
+    token_by_token,
 )
 
 
@@ -66,5 +66,5 @@ class SmallModel(Drafter):
             output = self.draft(token_b[:, None], cache.with_length(length_b - 1 + offset))
             return output.logits[:, 0], output.cache
 
-        draft, cache = draft_on(logits_bv, output.cache, step, choose, self.gamma)
+        draft, cache = token_by_token(logits_bv, output.cache, step, choose, self.gamma)
         return Proposal(draft, target_cache, cache)

@@ -12,10 +12,28 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 import moe_jax
-from moe_jax import Choice, MoE, MoEConfig, MoEOutput, RouterInputs, SparseMoEBlock, TopN
+from moe_jax import (
+    Choice,
+    CoordinateDescent,
+    ExpertChoice,
+    MoE,
+    MoEConfig,
+    MoEOutput,
+    RouterInputs,
+    SparseMoEBlock,
+    TopN,
+)
 
 DATA = pathlib.Path(__file__).parent.parent / "data"
 ALL = TopN(policy_train="all", policy_eval="all")
+ROUTERS = {
+    "top_n": ALL,
+    "three_with_thresholds": TopN(n=3, policy_train="threshold", threshold_train=(0.3, 0.2)),
+    "sigmoid": TopN(score="sigmoid", policy_train="all", bias=True),
+    "grouped": TopN(policy_train="all", expert_groups=2, expert_groups_kept=1),
+    "coordinate_descent": CoordinateDescent(policy_train="all"),
+    "expert_choice": ExpertChoice(),
+}
 
 
 # Compiled as a whole: one operation after the other is slower, even once.
@@ -50,6 +68,19 @@ def apply(
 ) -> MoEOutput:
     """One call of a layer, compiled: faster than one operation after the other, even once."""
     return moe(x, train=train, key=key, mask=mask)
+
+
+def outputs_and_gradients(
+    moe: MoE, x: jax.Array, mask: jax.Array | None = None, **options: Any
+) -> tuple[MoEOutput, MoE, jax.Array]:
+    """Gradients of a loss that looks at real tokens only."""
+
+    def loss(moe: MoE, x: jax.Array) -> tuple[jax.Array, MoEOutput]:
+        out = moe(x, train=True, mask=mask, **options)
+        return jnp.sum(out.outputs**2) + out.total_aux_loss, out
+
+    gradients, out = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(moe, x)
+    return out, *gradients
 
 
 def hidden_states(*shape: int, seed: int = 1) -> jax.Array:

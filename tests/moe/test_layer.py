@@ -1,6 +1,5 @@
-"""The layer as a whole: masks, causality, losses, metrics, precision, compilation."""
+"""The layer as a whole: causality, losses, metrics, residuals, transforms, compilation."""
 
-import dataclasses
 from typing import Any
 
 import chex
@@ -10,110 +9,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe_jax import (
-    CoordinateDescent,
-    ExpertChoice,
-    MoE,
-    MoEOutput,
-    RMSNorm,
-    RouterBias,
-    SparseMoEBlock,
-    TopN,
-)
+from moe_jax import CoordinateDescent, MoE, MoEOutput, RouterBias, SparseMoEBlock, TopN
 from moe_jax.dispatch import DISPATCHES
 from moe_jax.layer import router_inputs
-from moe_jax.layout import scaled
 from moe_jax.noise import draw_noise
-from tests.moe.support import ALL, apply, assert_trees_close, config, hidden_states, initial_layer, layer
-
-ROUTERS = {
-    "top_n": ALL,
-    "three_with_thresholds": TopN(n=3, policy_train="threshold", threshold_train=(0.3, 0.2)),
-    "sigmoid": TopN(score="sigmoid", policy_train="all", bias=True),
-    "grouped": TopN(policy_train="all", expert_groups=2, expert_groups_kept=1),
-    "coordinate_descent": CoordinateDescent(policy_train="all"),
-    "expert_choice": ExpertChoice(),
-}
-
-
-def outputs_and_gradients(
-    moe: MoE, x: jax.Array, mask: jax.Array | None = None, **options: Any
-) -> tuple[MoEOutput, MoE, jax.Array]:
-    """Gradients of a loss that looks at real tokens only."""
-
-    def loss(moe: MoE, x: jax.Array) -> tuple[jax.Array, MoEOutput]:
-        out = moe(x, train=True, mask=mask, **options)
-        return jnp.sum(out.outputs**2) + out.total_aux_loss, out
-
-    gradients, out = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(moe, x)
-    return out, *gradients
-
-
-@pytest.mark.parametrize(("router", "dispatch"), [*((router, "index") for router in ROUTERS), ("top_n", "ragged")])
-def test_padded_equals_compacted(router: str, dispatch: str):
-    """Padding scattered through the batch, full of NaN, against the same tokens in a row, with drops."""
-    moe = layer(
-        router=ROUTERS[router],
-        dispatch=dispatch,
-        capacity_factor_train=1.0,
-        group_size="batch",
-        min_capacity=1,
-        num_shared_experts=1,
-    )
-    mask = jnp.asarray([[1, 1, 0, 1, 1, 1, 0, 0], [0, 1, 1, 1, 0, 1, 1, 1]], bool)
-    x = hidden_states(2, 8, 8)
-    padded = outputs_and_gradients(moe, jnp.where(mask[..., None], x, jnp.nan), mask)
-    compacted = outputs_and_gradients(moe, x[mask])
-    np.testing.assert_array_equal(np.asarray(padded[0].outputs)[~mask], 0)
-    np.testing.assert_array_equal(np.asarray(padded[2])[~mask], 0)
-    assert_trees_close(dataclasses.replace(padded[0], outputs=padded[0].outputs[mask]), compacted[0], relative=1e-5)
-    assert_trees_close(padded[1:], (compacted[1], jnp.zeros_like(x).at[mask].set(compacted[2])), relative=1e-5)
-    if dispatch == "index":
-        assert float(compacted[0].metrics.dropped_a.max()) > 0
-
-
-@pytest.mark.parametrize(
-    "options", [{"router": TopN(threshold_train=1.0)}, {"gumbel_noise": 1.0}, {"input_jitter": 0.9}], ids=str
+from tests.moe.support import (
+    apply,
+    assert_trees_close,
+    config,
+    hidden_states,
+    initial_layer,
+    layer,
+    outputs_and_gradients,
 )
-def test_padded_equals_compacted_in_what_is_drawn(options: dict[str, Any]):
-    moe = layer(dispatch="ragged", **options)
-    mask = jnp.asarray([[1, 1, 0, 1, 1, 1, 0, 0], [0, 1, 1, 1, 0, 1, 1, 1]], bool)
-    x = hidden_states(2, 8, 8)
-    one, other = jax.random.key(0), jax.random.key(1)
-    padded = outputs_and_gradients(moe, x, mask, key=one)
-    compacted = outputs_and_gradients(moe, x[mask], key=one)
-    assert_trees_close(dataclasses.replace(padded[0], outputs=padded[0].outputs[mask]), compacted[0], relative=1e-5)
-    assert_trees_close(padded[1], compacted[1], relative=1e-5)
-    assert (apply(moe, x[mask], key=other).outputs != compacted[0].outputs).any()
-
-
-@pytest.mark.parametrize("group_size", ["sequence", 5])
-def test_padded_equals_compacted_in_every_kind_of_group(group_size: int | str):
-    options = {"capacity_factor_train": 1.0, "group_size": group_size, "min_capacity": 1}
-    mask = jnp.asarray([[1, 1, 0, 1, 1, 1, 0, 0], [0, 1, 1, 1, 0, 1, 1, 1]], bool)
-    x = hidden_states(2, 8, 8)
-    padded = apply(layer(**options), x, mask=mask)
-    if group_size == "sequence":
-        rows = [apply(layer(**options), row[keep]).outputs for row, keep in zip(x, mask)]
-        compacted = jnp.concatenate(rows)
-    else:
-        compacted = apply(layer(**options), x[mask]).outputs
-    np.testing.assert_allclose(padded.outputs[mask], compacted, atol=1e-6)
-    assert float(padded.metrics.dropped_a.max()) > 0
-
-
-def test_padding_full_of_nan_reaches_no_gradient_of_a_block():
-    mask = jnp.asarray([[1, 1, 0, 1], [0, 1, 1, 1]], bool)
-    block = SparseMoEBlock(layer(), add_ff_before=True, rngs=nnx.Rngs(0))
-
-    @jax.jit
-    @jax.grad
-    def gradients(block: SparseMoEBlock, filler: jax.Array) -> jax.Array:
-        x = jnp.where(mask[..., None], hidden_states(2, 4, 8), filler)
-        return jnp.sum(jnp.where(mask[..., None], block(x, train=True, mask=mask).outputs, 0) ** 2)
-
-    filled, plain = (gradients(block, jnp.full((1, 1, 1), value)) for value in (jnp.nan, 0.0))
-    assert_trees_close(filled, plain, relative=1e-6)
 
 
 @pytest.mark.parametrize("dispatch", DISPATCHES)
@@ -135,12 +43,6 @@ def test_batched_by_vmap(dispatch: str):
 
 def stacked(trees: list[MoE]) -> MoE:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-
-
-def test_all_padding_is_all_zero_and_finite():
-    out, gradient, x_bar = outputs_and_gradients(layer(), hidden_states(2, 6, 8), jnp.zeros((2, 6), bool))
-    for leaf in jax.tree.leaves((out, gradient, x_bar)):
-        np.testing.assert_array_equal(leaf, jnp.zeros_like(leaf))
 
 
 def changed_later(x: jax.Array, at: int) -> jax.Array:
@@ -228,55 +130,6 @@ def test_losses_and_metrics_by_hand():
     assert evaluated.total_aux_loss == 0
 
 
-@pytest.mark.parametrize("router", ROUTERS)
-def test_logits_of_ten_thousand_in_bfloat16(router: str):
-    moe = layer(router=ROUTERS[router])
-    moe.router_de[...] = jnp.eye(8, 4) * 1e4
-    x = hidden_states(2, 12, 8).astype(jnp.bfloat16)
-    out, gradient, x_bar = outputs_and_gradients(moe, x)
-    assert out.outputs.dtype == x_bar.dtype == jnp.bfloat16
-    assert out.router_z_loss.dtype == jnp.float32
-    assert float(out.router_z_loss) > 1e7
-    chex.assert_tree_all_finite((out, gradient, x_bar))
-    assert out.metrics.nonfinite_logits == 0
-
-
-@pytest.mark.parametrize("router", ["top_n", "sigmoid"])
-def test_no_output_vanishes_where_all_logits_are_minus_ten_thousand(router: str):
-    moe = layer(router=ROUTERS[router], dispatch="ragged")
-    moe.router_de[...] = jnp.full((8, 4), -1e4)
-    out, *gradients = outputs_and_gradients(moe, jnp.abs(hidden_states(2, 12, 8)).astype(jnp.bfloat16))
-    chex.assert_tree_all_finite((out, gradients))
-    assert (out.outputs != 0).any(-1).all()
-
-
-def test_bfloat16_routes_in_float32():
-    """A bfloat16 router cannot tell 1.000 from 1.003; this one must."""
-    moe = layer(dim=4, router=TopN(n=1))
-    moe.router_de[...] = jnp.diag(jnp.asarray([1.0, 1.003, 1.0, 1.0]))
-    out = apply(moe, jnp.ones((1, 4), jnp.bfloat16))
-    np.testing.assert_array_equal(out.metrics.load_e, [0, 1, 0, 0])
-
-
-def test_bfloat16_is_close_to_float32():
-    moe = layer(dispatch="ragged")
-    x = hidden_states(2, 12, 8).astype(jnp.bfloat16)
-    wide, narrow = apply(moe, x.astype(jnp.float32)), apply(moe, x)
-    # Three roundings to 8 bits of numbers around 1.
-    np.testing.assert_allclose(narrow.outputs.astype(jnp.float32), wide.outputs, atol=0.03)
-
-
-def test_nonfinite_logits_are_counted_and_stay_where_they_are():
-    x = hidden_states(4, 8).at[1, 2].set(jnp.inf)
-    for dispatch in ("index", "ragged"):
-        out = apply(layer(dispatch=dispatch), x)
-        np.testing.assert_allclose(out.metrics.nonfinite_logits, 0.25)
-        assert jnp.isfinite(out.outputs[jnp.asarray([0, 2, 3])]).all()
-        assert not jnp.isfinite(out.total_aux_loss)
-        assert float(apply(layer(dispatch=dispatch), x, train=False).total_aux_loss) == 0
-    assert float(apply(layer(balance_coef=0.0, router_z_coef=0.0), x).total_aux_loss) == 0
-
-
 def test_block_is_residual_and_normed():
     moe = layer(dispatch="ragged")
     block = SparseMoEBlock(moe, add_ff_before=True, add_ff_after=True, rngs=nnx.Rngs(2))
@@ -327,26 +180,6 @@ def test_layer_changes_nothing_and_holds_only_weights():
     assert held == dict.fromkeys({"router_de", *weights}, nnx.Param) | {"router_bias_e": RouterBias}
 
 
-@pytest.mark.parametrize("spelled", [jnp.float32, np.float32, np.dtype(np.float32), "float32"])
-def test_configurations_of_the_same_dtype_are_the_same(spelled: Any):
-    """In hash too: `jax.jit` with a static configuration compiles once."""
-    assert len({config(), config(param_dtype=spelled)}) == 1
-
-
-def test_selection_bias_is_float32():
-    with jax.enable_x64(True):
-        moe = MoE(config(router=TopN(bias=True)), rngs=nnx.Rngs(0))
-        assert moe.router_bias_e is not None
-        assert moe.router_bias_e.dtype == jnp.float32
-
-
-def test_float64_stays_float64():
-    with jax.enable_x64(True):
-        moe = MoE(config(param_dtype=jnp.float64, dispatch="ragged"), rngs=nnx.Rngs(0))
-        out = apply(moe, jnp.ones((4, 8), jnp.float64))
-        assert out.outputs.dtype == out.balance_loss.dtype == jnp.float64
-
-
 @pytest.mark.parametrize("dispatch", ["index", "ragged"])
 def test_recomputing_keeps_no_hidden_states_and_changes_nothing(dispatch: str):
     """Of a hidden state there are 2F = 20 numbers; weights with as many are not of the same shape."""
@@ -381,21 +214,3 @@ def test_jitter_and_gumbel_noise_together():
     router_de = moe.router_de[...]
     np.testing.assert_allclose(got.selection_logits_te, (x * noise.jitter_td) @ router_de + noise.gumbel_te, atol=1e-5)
     np.testing.assert_allclose(got.logits_te, x @ router_de, atol=1e-5)
-
-
-def test_bfloat16_is_normed_in_float32():
-    x, norm = hidden_states(50, 64).astype(jnp.bfloat16), RMSNorm(64)
-    np.testing.assert_array_equal(norm(x), norm(x.astype(jnp.float32)).astype(jnp.bfloat16))
-
-
-def test_noise_does_not_depend_on_the_dtype_of_the_hidden_states():
-    moe = layer(router=TopN(threshold_train=1.0), gumbel_noise=1.0, input_jitter=0.3, dispatch="ragged")
-    x = hidden_states(40, 8).astype(jnp.bfloat16)
-    narrow, wide = (apply(moe, x, key=jax.random.key(0)).metrics for x in (x, x.astype(jnp.float32)))
-    for one, other in zip(jax.tree.leaves(narrow), jax.tree.leaves(wide)):
-        np.testing.assert_array_equal(one, other)
-
-
-def test_scaled_rounds_once():
-    x, factor = hidden_states(50, 8).astype(jnp.bfloat16), hidden_states(50)
-    np.testing.assert_array_equal(scaled(x, factor), (x.astype(jnp.float32) * factor[:, None]).astype(jnp.bfloat16))

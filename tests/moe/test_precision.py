@@ -1,0 +1,101 @@
+"""What is computed in which precision, and numbers at its ends."""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moe_jax import MoE, RMSNorm, TopN
+from moe_jax.layout import scaled
+from tests.moe.support import ROUTERS, apply, config, hidden_states, layer, outputs_and_gradients
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_logits_of_ten_thousand_in_bfloat16(router: str):
+    moe = layer(router=ROUTERS[router])
+    moe.router_de[...] = jnp.eye(8, 4) * 1e4
+    x = hidden_states(2, 12, 8).astype(jnp.bfloat16)
+    out, gradient, x_bar = outputs_and_gradients(moe, x)
+    assert out.outputs.dtype == x_bar.dtype == jnp.bfloat16
+    assert out.router_z_loss.dtype == jnp.float32
+    assert float(out.router_z_loss) > 1e7
+    chex.assert_tree_all_finite((out, gradient, x_bar))
+    assert out.metrics.nonfinite_logits == 0
+
+
+@pytest.mark.parametrize("router", ["top_n", "sigmoid"])
+def test_no_output_vanishes_where_all_logits_are_minus_ten_thousand(router: str):
+    moe = layer(router=ROUTERS[router], dispatch="ragged")
+    moe.router_de[...] = jnp.full((8, 4), -1e4)
+    out, *gradients = outputs_and_gradients(moe, jnp.abs(hidden_states(2, 12, 8)).astype(jnp.bfloat16))
+    chex.assert_tree_all_finite((out, gradients))
+    assert (out.outputs != 0).any(-1).all()
+
+
+def test_bfloat16_routes_in_float32():
+    """A bfloat16 router cannot tell 1.000 from 1.003; this one must."""
+    moe = layer(dim=4, router=TopN(n=1))
+    moe.router_de[...] = jnp.diag(jnp.asarray([1.0, 1.003, 1.0, 1.0]))
+    out = apply(moe, jnp.ones((1, 4), jnp.bfloat16))
+    np.testing.assert_array_equal(out.metrics.load_e, [0, 1, 0, 0])
+
+
+def test_bfloat16_is_close_to_float32():
+    moe = layer(dispatch="ragged")
+    x = hidden_states(2, 12, 8).astype(jnp.bfloat16)
+    wide, narrow = apply(moe, x.astype(jnp.float32)), apply(moe, x)
+    # Three roundings to 8 bits of numbers around 1.
+    np.testing.assert_allclose(narrow.outputs.astype(jnp.float32), wide.outputs, atol=0.03)
+
+
+def test_nonfinite_logits_are_counted_and_stay_where_they_are():
+    x = hidden_states(4, 8).at[1, 2].set(jnp.inf)
+    for dispatch in ("index", "ragged"):
+        out = apply(layer(dispatch=dispatch), x)
+        np.testing.assert_allclose(out.metrics.nonfinite_logits, 0.25)
+        assert jnp.isfinite(out.outputs[jnp.asarray([0, 2, 3])]).all()
+        assert not jnp.isfinite(out.total_aux_loss)
+        assert float(apply(layer(dispatch=dispatch), x, train=False).total_aux_loss) == 0
+    assert float(apply(layer(balance_coef=0.0, router_z_coef=0.0), x).total_aux_loss) == 0
+
+
+@pytest.mark.parametrize("spelled", [jnp.float32, np.float32, np.dtype(np.float32), "float32"])
+def test_configurations_of_the_same_dtype_are_the_same(spelled: Any):
+    """In hash too: `jax.jit` with a static configuration compiles once."""
+    assert len({config(), config(param_dtype=spelled)}) == 1
+
+
+def test_selection_bias_is_float32():
+    with jax.enable_x64(True):
+        moe = MoE(config(router=TopN(bias=True)), rngs=nnx.Rngs(0))
+        assert moe.router_bias_e is not None
+        assert moe.router_bias_e.dtype == jnp.float32
+
+
+def test_float64_stays_float64():
+    with jax.enable_x64(True):
+        moe = MoE(config(param_dtype=jnp.float64, dispatch="ragged"), rngs=nnx.Rngs(0))
+        out = apply(moe, jnp.ones((4, 8), jnp.float64))
+        assert out.outputs.dtype == out.balance_loss.dtype == jnp.float64
+
+
+def test_bfloat16_is_normed_in_float32():
+    x, norm = hidden_states(50, 64).astype(jnp.bfloat16), RMSNorm(64)
+    np.testing.assert_array_equal(norm(x), norm(x.astype(jnp.float32)).astype(jnp.bfloat16))
+
+
+def test_noise_does_not_depend_on_the_dtype_of_the_hidden_states():
+    moe = layer(router=TopN(threshold_train=1.0), gumbel_noise=1.0, input_jitter=0.3, dispatch="ragged")
+    x = hidden_states(40, 8).astype(jnp.bfloat16)
+    narrow, wide = (apply(moe, x, key=jax.random.key(0)).metrics for x in (x, x.astype(jnp.float32)))
+    for one, other in zip(jax.tree.leaves(narrow), jax.tree.leaves(wide)):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_scaled_rounds_once():
+    x, factor = hidden_states(50, 8).astype(jnp.bfloat16), hidden_states(50)
+    np.testing.assert_array_equal(scaled(x, factor), (x.astype(jnp.float32) * factor[:, None]).astype(jnp.bfloat16))
