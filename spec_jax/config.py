@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from spec_jax.integers import check_integer
+from spec_jax.integers import check_integer, is_integer, is_number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,18 +50,18 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "depth", "heads", "dim_head", "ff_mult", "num_kv_heads"):
             check_integer(name.removeprefix("num_"), getattr(self, name), 1)
-        if not 0 < self.rotary_base < math.inf:
-            raise ValueError(f"rotary_base must be a finite number above 0, got {self.rotary_base}")
-        if not 0 <= self.norm_epsilon < math.inf:
-            raise ValueError(f"norm_epsilon must be a finite number >= 0, got {self.norm_epsilon}")
+        if not is_number(self.rotary_base) or not 0 < self.rotary_base < math.inf:
+            raise ValueError(f"rotary_base must be a finite number above 0, got {self.rotary_base!r}")
+        if not is_number(self.norm_epsilon) or not 0 <= self.norm_epsilon < math.inf:
+            raise ValueError(f"norm_epsilon must be a finite number >= 0, got {self.norm_epsilon!r}")
         if self.dim_head % 2:
             raise ValueError(f"dim_head must be even for rotary embeddings, got {self.dim_head}")
         if self.heads % self.num_kv_heads:
             raise ValueError(f"kv_heads must divide heads = {self.heads}, got {self.kv_heads}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {self.dtype!r}")
-        if self.early_exit_layer is not None and not 1 <= self.early_exit_layer < self.depth:
-            raise ValueError(f"early_exit_layer must be in [1, depth = {self.depth}), got {self.early_exit_layer}")
+        if (layer := self.early_exit_layer) is not None and (not is_integer(layer) or not 1 <= layer < self.depth):
+            raise ValueError(f"early_exit_layer must be an integer in [1, depth = {self.depth}) or None, got {layer!r}")
         for name in ("early_exit_extra_blocks", "early_exit_recycling"):
             check_integer(name, getattr(self, name), 0)
         if self.early_exit_layer is None:

@@ -1,4 +1,4 @@
-"""Whether an argument is an integer: Python's or NumPy's, and no bool."""
+"""Whether an argument is an integer or a number: Python's or NumPy's, and no bool."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from typing import Any
 def is_integer(value: Any) -> bool:
     """Whether it is one."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is real."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def check_integer(name: str, value: Any, least: int) -> None:

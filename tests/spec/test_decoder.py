@@ -195,6 +195,15 @@ def test_bad_tokens(tokens: np.ndarray, message: str):
         ({"dim_head": 7}, "dim_head must be even for rotary embeddings, got 7"),
         ({"heads": 8, "kv_heads": 3}, "kv_heads must divide heads = 8, got 3"),
         ({"dtype": "float16"}, "dtype must be 'float32' or 'bfloat16', got 'float16'"),
+        ({"rotary_base": "10000"}, "rotary_base must be a finite number above 0, got '10000'"),
+        ({"norm_epsilon": None}, "norm_epsilon must be a finite number >= 0, got None"),
+        *(
+            (
+                {"early_exit_layer": layer},
+                rf"early_exit_layer must be an integer in \[1, depth = 10\) .*, got {layer!r}",
+            )
+            for layer in (10, 1.5, True, "2")
+        ),
     ],
 )
 def test_bad_configuration(arguments: dict, message: str):
