@@ -183,6 +183,16 @@ def test_bad_tokens(tokens: np.ndarray, message: str):
 
 
 @pytest.mark.parametrize(
+    ("changed", "batch"), [({"depth": 1}, 3), ({"depth": 3}, 3), ({"heads": 4}, 3), ({"dim_head": 8}, 3), ({}, 1)]
+)
+def test_a_cache_of_another_model_or_batch(changed: dict, batch: int):
+    """One of more layers would pass unnoticed, and the others fail far from the cause."""
+    decoder, other = transformer(0), transformer(0, dataclasses.replace(CONFIG, **changed))
+    with pytest.raises(ValueError, match=r"cache must be as init_cache\(3, 8\) gives it, 2 layers of .*, got "):
+        decoder(jnp.zeros((3, 2), jnp.int32), other.init_cache(batch, 8))
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"dim": 0}, "dim must be at least 1, got 0"),
