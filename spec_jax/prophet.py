@@ -8,6 +8,7 @@ from flax import nnx, struct
 
 from spec_jax.cache import KVCache
 from spec_jax.decoder import Decoder, DecoderOutput
+from spec_jax.integers import check_integer
 
 
 class ProphetModel(nnx.Module):
@@ -24,8 +25,7 @@ class ProphetModel(nnx.Module):
     """
 
     def __init__(self, decoder: Decoder, *, target_dim: int, num_leading_start_tokens: int = 1, rngs: nnx.Rngs) -> None:
-        if num_leading_start_tokens < 1:
-            raise ValueError(f"num_leading_start_tokens must be at least 1, got {num_leading_start_tokens}")
+        check_integer("num_leading_start_tokens", num_leading_start_tokens, 1)
         if decoder.early_exit is not None:
             raise ValueError("prophet must be a Decoder without an early exit, got one with it")
         self.decoder = decoder
@@ -83,7 +83,12 @@ class ModelWithProphet(nnx.Module):
         detach_target_hiddens: bool = False,
         rngs: nnx.Rngs | None = None,
     ) -> None:
-        if not isinstance(prophet, ProphetModel):
+        if not isinstance(target, Decoder):
+            raise ValueError(f"target must be a Decoder, got {type(target).__name__}")
+        if not isinstance(prophet, Decoder | ProphetModel):
+            raise ValueError(f"prophet must be a Decoder or a ProphetModel, got {type(prophet).__name__}")
+        check_integer("prophet_train_length", prophet_train_length, 2)
+        if isinstance(prophet, Decoder):
             if rngs is None:
                 raise ValueError("rngs must be given with a Decoder as prophet, got None")
             starts = num_leading_start_tokens

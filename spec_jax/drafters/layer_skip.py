@@ -10,6 +10,7 @@ from flax import struct
 
 from spec_jax.decoder import Decoder
 from spec_jax.drafters.base import Choose, Drafter, LanguageModel, Proposal, Sequence, token_by_token
+from spec_jax.integers import is_integer
 
 
 @struct.dataclass
@@ -42,7 +43,7 @@ class LayerSkip(Drafter):
             raise ValueError(f"target must be a Decoder for LayerSkip, got {type(target).__name__}")
         for name in ("skip_attention", "skip_feed_forward"):
             layers = getattr(self, name)
-            if not set(layers) <= set(range(target.config.depth)):
+            if not all(is_integer(layer) and 0 <= layer < target.config.depth for layer in layers):
                 raise ValueError(f"{name} must hold layers in [0, {target.config.depth}), got {layers}")
 
     def propose(self, target: Any, sequence: Sequence, target_cache: Any, state: Any, choose: Choose) -> Proposal:

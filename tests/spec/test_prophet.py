@@ -120,6 +120,8 @@ def test_detaching_stops_the_prophets_loss_at_the_target(detach: bool):
     ("options", "message"),
     [
         ({"num_leading_start_tokens": 0}, "num_leading_start_tokens must be at least 1, got 0"),
+        ({"num_leading_start_tokens": 1.5}, "num_leading_start_tokens must be an integer, got 1.5"),
+        ({"prophet_train_length": 6.5}, "prophet_train_length must be an integer, got 6.5"),
         (
             {"prophet_train_length": 2},
             "prophet_train_length must be above num_leading_start_tokens = 2, got 2",
@@ -137,3 +139,7 @@ def test_bad_input():
     other = transformer(0, dataclasses.replace(CONFIG, vocab_size=25))
     with pytest.raises(ValueError, match="prophet must have the target's 24 tokens, got 25"):
         ModelWithProphet(transformer(0), other, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="target must be a Decoder, got NoneType"):
+        ModelWithProphet(None, transformer(0), rngs=nnx.Rngs(0))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="prophet must be a Decoder or a ProphetModel, got NoneType"):
+        ModelWithProphet(transformer(0), None, rngs=nnx.Rngs(0))  # pyright: ignore[reportArgumentType]

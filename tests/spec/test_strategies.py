@@ -160,6 +160,8 @@ BAD: list[tuple[Any, Drafter, str]] = [
     (PLAIN, LayerSkip([2], []), "skip_attention must hold layers in [0, 2), got (2,)"),  # pyright: ignore
     (PLAIN, LayerSkip((2,), ()), "skip_attention must hold layers in [0, 2), got (2,)"),
     (PLAIN, LayerSkip((), (-1,)), "skip_feed_forward must hold layers in [0, 2), got (-1,)"),
+    (PLAIN, LayerSkip((0.0,), ()), "skip_attention must hold layers in [0, 2), got (0.0,)"),  # pyright: ignore
+    (PLAIN, LayerSkip(([0],), ()), "skip_attention must hold layers in [0, 2), got ([0],)"),  # pyright: ignore
     (random_toy(0, 4), Prophet(PAIR), "target must be a Decoder for Prophet, got Toy"),
     (WIDE, Prophet(PAIR), "target must have the width 32 that the prophet starts from, got 48"),
     (
