@@ -100,8 +100,17 @@ def pair_torch_names(pair: ModelWithProphet) -> dict[str, str]:
 
 
 def to_torch_names(decoder: Decoder) -> dict[str, np.ndarray]:
-    """The weights of a decoder under the original's names and in its layout: the inverse of `decoder_from_torch`."""
-    names, weights = torch_names(decoder.config), {}
+    """The weights of a decoder under the original's names and in its layout: the inverse of `decoder_from_torch`.
+
+    Raises:
+      ValueError: a decoder that the original cannot be: with fewer key-value heads than heads, or with recycling.
+    """
+    config = decoder.config
+    if config.num_kv_heads != config.heads:
+        raise ValueError(f"decoder must have as many kv_heads as heads, {config.heads}, got {config.kv_heads}")
+    if config.early_exit_recycling:
+        raise ValueError(f"decoder must have early_exit_recycling 0, got {config.early_exit_recycling}")
+    names, weights = torch_names(config), {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(decoder):
         value = np.asarray(leaf)
         weights[names[_name(path)]] = value.T if _name(path).endswith(".kernel") else value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -15,7 +16,7 @@ from spec_jax import Decoder, DecoderConfig, Sampling, base_decoding
 from spec_jax.interop import decoder_from_torch, to_torch_names, torch_names
 from spec_jax.losses import next_token_loss
 from spec_jax.sampling import filtered_log_probs, keep_top_k
-from tests.spec.transformers import transformer
+from tests.spec.transformers import CONFIG, transformer
 
 DATA = pathlib.Path(__file__).parent.parent / "data"
 
@@ -120,6 +121,16 @@ def test_what_is_written_is_read_back():
     back = decoder_from_torch(weights, num_tokens=7, early_exit_extra_transformer_blocks=1, **shared)
     assert back.config == decoder.config
     jax.tree.map(np.testing.assert_array_equal, back, decoder)
+
+
+def test_what_the_original_does_not_have_is_not_written():
+    for changed, message in (
+        ({"kv_heads": 1}, "decoder must have as many kv_heads as heads, 2, got 1"),
+        ({"early_exit_layer": 1, "early_exit_recycling": 3}, "decoder must have early_exit_recycling 0, got 3"),
+    ):
+        decoder = transformer(0, dataclasses.replace(CONFIG, **changed))
+        with pytest.raises(ValueError, match=message):
+            to_torch_names(decoder)
 
 
 def test_weights_of_half_precision_become_float32():
