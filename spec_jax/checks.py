@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from numpy.typing import ArrayLike
 
 from spec_jax.drafters.base import Drafter, LanguageModel
@@ -68,7 +69,7 @@ def checked_drafter(target: LanguageModel, drafter: Drafter, verification: str, 
     except ValueError:
         names = ", ".join(repr(str(name)) for name in Verification)
         raise ValueError(f"verification must be one of {names}, got {verification!r}") from None
-    if isinstance(lenience, jax.Array) and lenience.ndim == 0:
+    if isinstance(lenience, jax.Array) and not isinstance(lenience, Tracer) and lenience.ndim == 0:
         lenience = lenience.item()
     kind = float | int | np.number
     # As a float32, which the smallest float64s are 0 in.
@@ -94,14 +95,14 @@ def checked_row_ids(row_ids: ArrayLike | None, batch: int) -> jax.Array:
     """(B,) uint32 row names.
 
     Raises:
-      ValueError: another shape, not integers, or negative.
+      ValueError: another shape, not integers, negative, or of more than 32 bits.
     """
     if row_ids is None:
         return jnp.arange(batch, dtype=jnp.uint32)
     ids_b = _array("row_ids", row_ids)
     integers = ids_b.shape == (batch,) and np.issubdtype(ids_b.dtype, np.integer)
     if not integers or ids_b.min() < 0 or ids_b.max() >= 2**32:
-        raise ValueError(f"row_ids must be ({batch},) integers >= 0, got {ids_b.shape} {ids_b.dtype}: {ids_b}")
+        raise ValueError(f"row_ids must be ({batch},) integers in [0, 2^32), got {ids_b.shape} {ids_b.dtype}: {ids_b}")
     return jnp.asarray(ids_b, jnp.uint32)
 
 
@@ -160,23 +161,33 @@ def checked_size(cache_size: int | None, *, width: int, max_new_tokens: int, gam
     """Slots a row: prompt, output, and gamma + 1 of slack for a draft that runs past the end.
 
     Raises:
-      ValueError: negative `max_new_tokens`, or a cache too small.
+      ValueError: negative `max_new_tokens`, a cache too small, or more slots than an int32 counts.
     """
     if not is_integer(max_new_tokens) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be an integer >= 0, got {max_new_tokens!r}")
     if cache_size is None:
-        return bucket(width + bucket(int(max_new_tokens)) + gamma + 1)
-    needed = width + int(max_new_tokens) + gamma + 1
-    if not is_integer(cache_size) or cache_size < needed:
-        raise ValueError(
-            f"cache_size must be at least {needed} (prompt {width} + max_new_tokens {max_new_tokens} + "
-            f"gamma {gamma} + 1), got {cache_size}"
-        )
-    return int(cache_size)
+        size = bucket(width + bucket(int(max_new_tokens)) + gamma + 1)
+    else:
+        needed = width + int(max_new_tokens) + gamma + 1
+        if not is_integer(cache_size) or cache_size < needed:
+            raise ValueError(
+                f"cache_size must be at least {needed} (prompt {width} + max_new_tokens {max_new_tokens} + "
+                f"gamma {gamma} + 1), got {cache_size!r}"
+            )
+        size = int(cache_size)
+    if size >= 2**31:
+        name, got = ("max_new_tokens", max_new_tokens) if cache_size is None else ("cache_size", cache_size)
+        raise ValueError(f"{name} must leave a row with fewer than 2^31 slots, got {got}: {size} slots")
+    return size
 
 
 def _array(name: str, value: ArrayLike) -> np.ndarray:
     try:
         return np.asarray(value)
+    except jax.errors.TracerArrayConversionError:
+        raise ValueError(
+            f"{name} must be known on the host: only weights, key, temperature, top_p and min_p may be traced, "
+            f"got {value}"
+        ) from None
     except ValueError as error:  # Rows of different lengths.
         raise ValueError(f"{name} must be one rectangular array, padded where rows are shorter: {error}") from None

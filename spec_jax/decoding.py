@@ -39,7 +39,9 @@ def base_decoding(
 ) -> DecodeResult:
     """Decodes one token per target forward.
 
-    The speculative loop with nothing drafted: what `verification="coupled"` reproduces token for token.
+    The speculative loop with nothing drafted: what `verification="coupled"` reproduces token for token. Inside
+    `jax.jit`, `jax.vmap` and `jax.lax.scan` weights, `key`, temperature, top-p and min-p may be traced; all else is
+    checked on the host, before.
 
     Args:
       target: the model.

@@ -45,7 +45,10 @@ OF_EVERY_DECODING: list[tuple[dict[str, Any], str]] = [
     ({"max_new_tokens": -1}, "max_new_tokens must be an integer >= 0, got -1"),
     ({"max_new_tokens": 1.5}, "max_new_tokens must be an integer >= 0, got 1.5"),
     ({"max_new_tokens": True}, "max_new_tokens must be an integer >= 0, got True"),
+    ({"max_new_tokens": 2**31}, "max_new_tokens must leave a row with fewer than 2^31 slots, got 2147483648"),
     ({"cache_size": 5}, "cache_size must be at least"),
+    ({"cache_size": "99"}, "got '99'"),
+    ({"cache_size": 2**31}, "cache_size must leave a row with fewer than 2^31 slots, got 2147483648"),
     ({"cache_size": 20.5}, "cache_size must be at least"),
     ({"pad_id": 1.5}, "pad_id must be an integer of 32 bits, got 1.5"),
     ({"pad_id": 2**31}, "pad_id must be an integer of 32 bits, got 2147483648"),
@@ -57,10 +60,10 @@ OF_EVERY_DECODING: list[tuple[dict[str, Any], str]] = [
     ({"key": None}, "key must be one key, as jax.random.key(seed) gives, got None"),
     ({"key": jnp.zeros(4, jnp.uint32)}, "key must be one key, as jax.random.key(seed) gives, got (4,) uint32"),
     ({"key": jnp.zeros(2)}, "key must be one key, as jax.random.key(seed) gives, got (2,) float32"),
-    ({"row_ids": [1]}, "row_ids must be (2,) integers >= 0, got (1,) int64"),
-    ({"row_ids": [0, -1]}, "row_ids must be (2,) integers >= 0, got (2,) int64: [ 0 -1]"),
-    ({"row_ids": [0.0, 1.0]}, "row_ids must be (2,) integers >= 0, got (2,) float64"),
-    ({"row_ids": [0, 2**32]}, "row_ids must be (2,) integers"),  # It would have the noise of row 0.
+    ({"row_ids": [1]}, "row_ids must be (2,) integers in [0, 2^32), got (1,) int64"),
+    ({"row_ids": [0, -1]}, "row_ids must be (2,) integers in [0, 2^32), got (2,) int64: [ 0 -1]"),
+    ({"row_ids": [0.0, 1.0]}, "row_ids must be (2,) integers in [0, 2^32), got (2,) float64"),
+    ({"row_ids": [0, 2**32]}, "row_ids must be (2,) integers in [0, 2^32)"),  # It would have the noise of row 0.
     ({"eos_id": 1.5}, "eos_id must be a token in [0, 4), got 1.5"),
     ({"eos_id": 4}, "eos_id must be a token in [0, 4), got 4"),
     ({"eos_id": -1}, "eos_id must be a token in [0, 4), got -1"),
@@ -174,3 +177,15 @@ def test_what_is_no_model_and_no_layers():
         base_decoding(None, **good())  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="skip_attention must be a tuple of layers, got 1"):
         LayerSkip(1, (2,))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("name", ["prompt", "prompt_length", "row_ids"])
+def test_arrays_that_are_traced(name: str):
+    value = {"prompt": PROMPT, "prompt_length": [1, 2], "row_ids": [3, 4]}[name]
+    with pytest.raises(ValueError, match=f"{name} must be known on the host: only weights, key, .* may be traced, got"):
+        jax.jit(lambda x: base_decoding(TARGET, **good(**{name: x})).tokens)(jnp.asarray(value))
+
+
+def test_a_lenience_that_is_traced():
+    with pytest.raises(ValueError, match=r"lenience must be in \(0, 1\], got .*Tracer"):
+        jax.jit(lambda x: speculative_decoding(TARGET, SmallModel(DRAFT), lenience=x, **good()).tokens)(0.5)
