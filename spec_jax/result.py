@@ -39,7 +39,7 @@ class DecodeStats:
 
 @struct.dataclass
 class DecodeResult:
-    """Decoded rows.
+    """Decoded rows. Out of `jax.vmap` every array has its axis in front, and rates are over all rows of all calls.
 
     Attributes:
       tokens: (B, max_new_tokens) int32, the end token included, `pad_id` after it.
@@ -59,12 +59,12 @@ class DecodeResult:
     @property
     def drafted(self) -> jax.Array:
         """(B,) int32, tokens drafted for each row."""
-        return self.stats.drafted_bj.sum(axis=1)
+        return self.stats.drafted_bj.sum(axis=-1)
 
     @property
     def accepted(self) -> jax.Array:
         """(B,) int32, drafted tokens kept in each row."""
-        return self.stats.accepted_bj.sum(axis=1)
+        return self.stats.accepted_bj.sum(axis=-1)
 
     @property
     def emitted(self) -> jax.Array:
@@ -74,7 +74,8 @@ class DecodeResult:
     @property
     def acceptance_by_position(self) -> jax.Array:
         """(J,) float32, the fraction of drafts at each position that were kept, over all rows; NaN where none was."""
-        return self.stats.accepted_bj.sum(axis=0) / self.stats.drafted_bj.sum(axis=0)
+        rows = tuple(range(self.stats.drafted_bj.ndim - 1))
+        return self.stats.accepted_bj.sum(axis=rows) / self.stats.drafted_bj.sum(axis=rows)
 
     @property
     def acceptance_rate(self) -> jax.Array:

@@ -191,3 +191,17 @@ def test_rates_are_over_all_rows_together():
     np.testing.assert_allclose(result.acceptance_rate, 6 / 7, rtol=1e-6)
     np.testing.assert_allclose(result.mean_accepted_length, 6 / 5, rtol=1e-6)
     np.testing.assert_allclose(result.block_efficiency, 11 / 5, rtol=1e-6)
+
+
+def test_rates_of_calls_under_vmap_are_over_all_their_rows():
+    """Three calls of two rows, gamma 2."""
+    rng = np.random.default_rng(0)
+    drafted_nbj = rng.integers(5, 9, (3, 2, 2))
+    accepted_nbj = drafted_nbj - rng.integers(0, 5, (3, 2, 2))
+    counts_nb = jnp.ones((3, 2), jnp.int32)
+    stats = DecodeStats(counts_nb, counts_nb, jnp.asarray(drafted_nbj), jnp.asarray(accepted_nbj))
+    result = DecodeResult(tokens=jnp.zeros((3, 2, 9), jnp.int32), lengths=counts_nb, stats=stats)
+    assert result.drafted.tolist() == [[sum(row) for row in call] for call in drafted_nbj.tolist()]
+    assert result.accepted.tolist() == [[sum(row) for row in call] for call in accepted_nbj.tolist()]
+    expected_j = [accepted_nbj[..., j].sum() / drafted_nbj[..., j].sum() for j in range(2)]
+    np.testing.assert_allclose(result.acceptance_by_position, expected_j, rtol=1e-6)
