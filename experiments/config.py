@@ -143,8 +143,9 @@ def differences(expected: Mapping[str, Any], got: Mapping[str, Any]) -> list[str
     """
     free = MAY_CHANGE | ({"steps"} if "cosine" not in (expected.get("schedule"), got.get("schedule")) else set())
     before, after = dict(_flat(expected)), dict(_flat(got))
+    reasons = {"steps": " (schedule 'cosine' depends on it)"}
     return [
-        f"{name}: expected {before.get(name, 'nothing')!r}, got {after.get(name, 'nothing')!r}"
+        f"{name}: expected {before.get(name, 'nothing')!r}, got {after.get(name, 'nothing')!r}{reasons.get(name, '')}"
         for name in sorted(before.keys() | after.keys())
         if name.split(".")[0] not in free and before.get(name) != after.get(name)
     ]

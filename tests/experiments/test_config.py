@@ -95,7 +95,8 @@ def test_differences_name_what_matters():
 def test_steps_matter_to_a_schedule():
     config = TrainDraftConfig(schedule="cosine", steps=10)
     longer = dataclasses.replace(config, steps=20)
-    assert differences(as_json(config), as_json(longer)) == ["steps: expected 10, got 20"]
+    expected = ["steps: expected 10, got 20 (schedule 'cosine' depends on it)"]
+    assert differences(as_json(config), as_json(longer)) == expected
 
 
 def test_adams_second_moment_decays_as_asked():
