@@ -41,8 +41,16 @@ def decoder_shardings(model: Tree, mesh: Mesh) -> Tree:
     Returns:
       A pytree of `NamedSharding` like `model`, for `jax.device_put`.
 
+    Raises:
+      ValueError: an axis `data` or `model` that is not of type Auto: where arrays lie on it is left to the compiler.
+
     Source: Megatron-LM 1909.08053 section 3 (columns of the first product, rows of the second).
     """
+    for name, kind in zip(mesh.axis_names, mesh.axis_types):
+        if name in (DATA, MODEL) and kind != AxisType.Auto:
+            raise ValueError(
+                f"mesh axis {name!r} must be of type Auto, got {kind.name}: jax.make_mesh(..., axis_types=...)"
+            )
     size = mesh.shape.get(MODEL, 1)
 
     def sharding(path: tuple[Any, ...], weight: Any) -> NamedSharding:

@@ -168,6 +168,13 @@ def test_all_that_is_cut():
     assert place(feed_forward.down.kernel).spec == jax.sharding.PartitionSpec("model")
 
 
+def test_explicit_axes_are_refused():
+    """`jax.make_mesh` makes them where no types are given, and attention over heads cut so is a type error in JAX."""
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
+    with pytest.raises(ValueError, match="mesh axis 'model' must be of type Auto, got Explicit"):
+        decoder_shardings(transformer(0), mesh)
+
+
 def test_rows_under_a_shard_map_are_cut_already():
     rows, spec = jnp.ones((4, 3)), jax.sharding.PartitionSpec("data")
     with jax.set_mesh(mesh_of({"data": 2})):
