@@ -19,10 +19,10 @@ def next_token_loss(logits_btv: jax.Array, next_tokens_bt: jax.Array, *, mask_bt
 
     Args:
       logits_btv: (B, T, V), the model's output after reading the token at each position.
-      next_tokens_bt: (B, T) integers, the token that follows each position: for rows of T + 1 tokens,
+      next_tokens_bt: (B, T) integers in [0, V), the token that follows each position: for rows of T + 1 tokens,
         `next_token_loss(model(rows[:, :-1]).logits, rows[:, 1:])`.
-      mask_bt: (B, T) booleans, or None. Positions that are False (padding) enter neither the sum nor the count, in
-        values and in gradients.
+      mask_bt: (B, T) booleans, or None. Positions that are False (padding, whatever its tokens) enter neither the sum
+        nor the count, in values and in gradients.
 
     Returns:
       () float32, nats per counted token; 0 where none is counted.
