@@ -64,7 +64,7 @@ def _require(name: str, value: Scalar, holds, expected: str) -> None:
         return
     numeric = isinstance(value, float | int | np.number | np.ndarray | jax.Array) and not isinstance(value, bool)
     if not numeric or np.ndim(value) != 0 or not holds(float(value)):
-        raise ValueError(f"{name} must be {expected}, got {value}")
+        raise ValueError(f"{name} must be {expected}, got {repr(value) if isinstance(value, str) else value}")
 
 
 def filtered_log_probs(logits: jax.Array, sampling: Sampling) -> jax.Array:
