@@ -64,8 +64,9 @@ class LoadedRun:
           gamma: tokens drafted a round; None is what the search found best, for 'layer-skip', and else `GAMMA`.
 
         Raises:
-          ValueError: layers were not searched yet, for 'layer-skip'.
+          ValueError: another name, or layers were not searched yet, for 'layer-skip'.
         """
+        _check_name(name)
         if name == "ngram":
             return spec_jax.NGram(gamma=GAMMA if gamma is None else gamma)
         if name == "layer-skip":
@@ -119,8 +120,9 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         if not self.prompt:
             raise ValueError("prompt must have at least one byte, got ''")
-        if self.drafter not in get_args(DrafterName):
-            raise ValueError(f"drafter must be one of {', '.join(get_args(DrafterName))}, got {self.drafter!r}")
+        _check_name(self.drafter)
+        if self.plain and self.drafter not in ("trained", "none"):
+            raise ValueError(f"drafter must not be given with plain, got {self.drafter!r}")
         at_least(0, self, "max_new_tokens", "gamma")
         check_seed(self.seed)
         self.sampling.check()
@@ -131,7 +133,12 @@ class GenerateConfig:
         return spec_jax.Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
 
 
-def load_run(run: pathlib.Path, step: int | None = None) -> LoadedRun:
+def _check_name(drafter: str) -> None:
+    if drafter not in (names := get_args(DrafterName)):
+        raise ValueError(f"drafter must be one of {', '.join(names)}, got {drafter!r}")
+
+
+def load_run(run: str | pathlib.Path, step: int | None = None) -> LoadedRun:
     """The models of a training run.
 
     Args:
@@ -141,6 +148,7 @@ def load_run(run: pathlib.Path, step: int | None = None) -> LoadedRun:
     Raises:
       ValueError: there is no such checkpoint, or it is damaged.
     """
+    run = pathlib.Path(run)
     with open_run(run) as checkpoints:
         step = checkpoints.require_latest() if step is None else step
         configuration = checkpoints.configuration(step)

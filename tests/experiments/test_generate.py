@@ -64,7 +64,9 @@ def test_a_drawn_text_is_that_of_the_rule_and_the_seed(run, seed):
 
 
 def test_what_drafts_and_how_tokens_are_drawn(run):
-    loaded = load_run(run)
+    loaded = load_run(str(run))
+    with pytest.raises(ValueError, match="drafter must be one of trained, ngram, layer-skip, none, got 'n-gram'"):
+        loaded.drafter("n-gram")
     trained, ngram = (loaded.drafter(name, 2) for name in ("trained", "ngram"))
     assert isinstance(trained, spec_jax.SmallModel)
     assert isinstance(ngram, spec_jax.NGram)
@@ -90,6 +92,7 @@ def test_an_older_checkpoint(run):
     [
         ({"prompt": ""}, "prompt must have at least one byte"),
         ({"drafter": "oracle"}, "drafter must be one of trained, ngram, layer-skip, none, got 'oracle'"),
+        ({"plain": True, "drafter": "ngram"}, "drafter must not be given with plain, got 'ngram'"),
         ({"drafter": "layer-skip"}, "drafter 'layer-skip' needs .*: run python -m experiments.search_layer_skip"),
         ({"max_new_tokens": -1}, "max_new_tokens must be at least 0, got -1"),
         ({"gamma": -1}, "gamma must be at least 0, got -1"),
