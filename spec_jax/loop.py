@@ -232,7 +232,7 @@ def _cut(draft: Draft, verdict: Verdict, state: DecodeState, request: Request) -
     tokens_bt = jnp.pad(draft.tokens_bj, ((0, 0), (0, 1)))
     tokens_bt = jnp.where(offset_1t == verdict.accepted_b[:, None], verdict.next_token_b[:, None], tokens_bt)
 
-    room_b = state.prompt_length_b + request.max_new_tokens - state.sequence.length_b
+    room_b = _room(state, request)
     count_b = jnp.minimum(verdict.accepted_b + 1, room_b)
     is_end_bt = (tokens_bt == request.eos_id) & (offset_1t < count_b[:, None])
     ended_b = is_end_bt.any(axis=1)
@@ -240,6 +240,11 @@ def _cut(draft: Draft, verdict: Verdict, state: DecodeState, request: Request) -
     count_b = jnp.where(state.done_b, 0, count_b).astype(jnp.int32)
     accepted_b = jnp.minimum(verdict.accepted_b, count_b)
     return Emission(tokens_bt, count_b, accepted_b), state.done_b | ended_b | (count_b >= room_b)
+
+
+def _room(state: DecodeState, request: Request) -> jax.Array:
+    """(B,), how many tokens each row's output can still take."""
+    return state.prompt_length_b + request.max_new_tokens - state.sequence.length_b
 
 
 def _extend(sequence: Sequence, emission: Emission) -> Sequence:
@@ -259,7 +264,7 @@ def _count(state: DecodeState, draft: Draft, emission: Emission, request: Reques
     """The counts after the round. Draft positions that the row's output could not take do not count."""
     active_b = ~state.done_b
     position_1j = jnp.arange(draft.tokens_bj.shape[1])[None, :]
-    room_b = state.prompt_length_b + request.max_new_tokens - state.sequence.length_b
+    room_b = _room(state, request)
     last_bt = jnp.take_along_axis(emission.tokens_bt, jnp.maximum(emission.count_b - 1, 0)[:, None], axis=1)
     places_b = jnp.where(last_bt[:, 0] == request.eos_id, emission.count_b, room_b)
     counted_b = jnp.where(active_b, jnp.minimum(draft.count_b, places_b), 0)
