@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from experiments import launch as launcher
 from experiments.config import RunConfig
 from experiments.launch import LaunchConfig, _wait, environments
 from experiments.runtime import start_processes
@@ -29,7 +30,12 @@ def python(program):
 def test_every_process_is_told_of_the_others():
     found = environments(
         LaunchConfig(processes=3, devices_per_process=4),
-        {"XLA_FLAGS": "--xla_a=b --xla_force_host_platform_device_count=8", "PATH": "here"},
+        {
+            "XLA_FLAGS": "--xla_a=b --xla_force_host_platform_device_count=8",
+            "JAX_PLATFORMS": "cuda",
+            "JAX_NUM_PROCESSES": "2",
+            "PATH": "here",
+        },
     )
     assert [environment.pop("JAX_PROCESS_ID") for environment in found] == ["0", "1", "2"]
     assert found[0] == found[1] == found[2]
@@ -65,9 +71,11 @@ def test_the_first_to_fail_is_shown_and_gives_the_exit_code(end, code, tmp_path)
 
 
 def test_the_last_lines_of_many_are_shown():
-    program = "[print('line', n) for n in range(50)]\nif index == 1: sys.exit(3)"
+    """Of both streams, and whatever bytes they are."""
+    program = "[print('line', n) for n in range(50)]\nif index == 1: os.write(2, b'caf\\xe9'); sys.exit(3)"
     _, error = launch(*python(program)).communicate(timeout=300)
-    assert error.splitlines() == ["process 1 ended first, exit code 3:", *(f"  line {n}" for n in range(10, 50))]
+    lines = [*(f"  line {n}" for n in range(11, 50)), "  caf\ufffd"]
+    assert error.splitlines() == ["process 1 ended first, exit code 3:", *lines]
 
 
 def test_those_that_do_not_notice_are_not_waited_for(monkeypatch):
@@ -84,7 +92,22 @@ def test_those_that_do_not_notice_are_not_waited_for(monkeypatch):
         processes[0].wait()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_a_process_leaves_behind_ends_with_it():
+    """Its child has the terminal, which would stay open."""
+    program = "import subprocess; subprocess.Popen(['sleep', '60']) if index == 0 else sys.exit(3)"
+    process = launch(*python(program))
+    output, _ = process.communicate(timeout=50)
+    assert (process.returncode, output) == (3, "")
+
+
+def test_signals_are_the_callers_again():
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    before = [signal.getsignal(number) for number in numbers]
+    assert launcher.launch(LaunchConfig(processes=1), ["true"]) == 0
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_reach_every_process_once(number, tmp_path):
     """The launcher leads a process group of its own, as under a terminal, and the whole group gets the signal."""
     program = (
@@ -97,8 +120,8 @@ def test_signals_reach_every_process_once(number, tmp_path):
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     os.killpg(process.pid, number)
-    process.communicate(timeout=300)
-    assert process.returncode == 5
+    assert process.wait(timeout=300) == 5
+    process.communicate()
     assert [(tmp_path / f"signal{index}").read_text() for index in range(2)] == ["x", "x"]
 
 
