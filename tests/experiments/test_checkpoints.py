@@ -1,3 +1,4 @@
+import json
 import pathlib
 import shutil
 
@@ -102,6 +103,26 @@ def test_the_newest_other_checkpoint_is_the_one_to_fall_back_on(tmp_path):
         restore(tmp_path)
 
 
+def test_damage_is_noticed_behind_a_sound_checkpoint(tmp_path):
+    save(tmp_path, [1, 2])
+    damage(tmp_path / "checkpoints" / "2" / "description" / "metadata", "truncated")
+    with open_run(tmp_path) as checkpoints:
+        assert checkpoints.configuration(1) == CONFIGURATION
+        with pytest.raises(ValueError, match="damaged or missing: description/metadata"):
+            checkpoints.configuration(2)
+
+
+def test_checkpoints_of_before_there_were_reports(tmp_path):
+    save(tmp_path, [1])
+    written = tmp_path / "checkpoints" / "1" / "description" / "metadata"
+    description = json.loads(written.read_text())
+    assert description.pop("reports") == []
+    written.write_text(json.dumps(description))
+    (tmp_path / "checkpoints" / "1" / "digests.json").unlink()
+    with open_run(tmp_path) as checkpoints:
+        assert checkpoints.reports(1) == []
+
+
 def test_damage_is_noticed_without_digests(tmp_path):
     save(tmp_path, [2])
     (tmp_path / "checkpoints" / "2" / "digests.json").unlink()
@@ -130,10 +151,12 @@ def test_other_shapes(tmp_path):
         restore(tmp_path, models={"target": {"kernel": jnp.zeros((2, 2))}, "draft": MODELS["draft"]})
 
 
-def test_arrays_that_nobody_asks_for(tmp_path):
+def test_arrays_that_nobody_asks_for_or_that_are_not_there(tmp_path):
     save(tmp_path, [1])
     with pytest.raises(ValueError, match=r"models.draft.kernel: expected None, got \[4\]"):
         restore(tmp_path, models={"target": MODELS["target"]})
+    with pytest.raises(ValueError, match=r"models.more: expected \[3\], got None"):
+        restore(tmp_path, models=MODELS | {"more": jnp.zeros(3)})
 
 
 def test_missing(tmp_path):
