@@ -8,6 +8,8 @@ import hashlib
 import http.server
 import io
 import re
+import socket
+import struct
 import threading
 import zipfile
 
@@ -36,7 +38,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     whole: all that was asked for; half: breaks off after half of it; the same with `plain-` for a server that
     ignores Range; `chunked`: without a length; a number: that status. `elsewhere`: another range than was asked for;
-    `unknown`: a range of a file whose size is not said.
+    `unknown`: a range of a file whose size is not said. `reset`: as half, with the connection reset; `garbage`: no
+    HTTP.
     """
 
     def __init__(self):
@@ -56,15 +59,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if plan.isdigit():
             self.send_error(int(plan))
             return
+        if plan == "garbage":
+            self.wfile.write(b"SSH-2.0\r\n")
+            return
         size = len(self.server.archive)
         start = 0
-        if asked and plan in ("whole", "half", "elsewhere", "unknown"):
+        if asked and plan in ("whole", "half", "reset", "elsewhere", "unknown"):
             start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1])  # pyright: ignore[reportOptionalSubscript]
             if start >= size:
                 self.send_error(416)
                 return
             self.send_response(206)
-            first, total = start + (plan == "elsewhere"), "*" if plan == "unknown" else size
+            first, total = start * 10 if plan == "elsewhere" else start, "*" if plan == "unknown" else size
             self.send_header("Content-Range", f"bytes {first}-{size - 1}/{total}")
         else:
             self.send_response(200)
@@ -73,7 +79,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         with contextlib.suppress(ConnectionError):
-            self.wfile.write(body[: len(body) // 2] if plan.endswith("half") else body)
+            self.wfile.write(body[: len(body) // 2] if plan.endswith("half") or plan == "reset" else body)
+        if plan == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
 
     def log_message(self, format, *args):
         pass
@@ -138,6 +147,13 @@ def test_continues_after_a_break(server, small, tmp_path):
     assert server.ranges == [None, f"bytes={half}-", f"bytes={three_quarters}-"]
 
 
+@pytest.mark.parametrize("plan", ["reset", "garbage"])
+def test_continues_after_a_reset_or_garbage(server, small, tmp_path, plan):
+    server.plan = collections.deque([plan, "whole"])
+    assert get(small, tmp_path).read_bytes() == MEMBER
+    assert len(server.ranges) == 2
+
+
 def test_a_later_run_continues_what_an_earlier_one_left(server, small, tmp_path):
     server.plan = collections.deque(["half", "whole"])
     half = len(ARCHIVE) // 2
@@ -171,10 +187,20 @@ def test_part_of_another_file_is_thrown_away(server, small, tmp_path, part):
     assert kept(tmp_path) == {"small8"}
 
 
+def changed(place, byte):
+    """The archive with another byte at a place."""
+    return ARCHIVE[:place] + bytes([byte]) + ARCHIVE[place + 1 :]
+
+
+DIRECTORY = ARCHIVE.rindex(b"PK\1\2")
 WRONG = {
     "other member": (pack(MEMBER[:-1] + b"!"), "is not the right file: expected 700,001 bytes with SHA-256"),
     "no archive": (bytes(len(ARCHIVE)), "the archive is damaged or is no zip file with small8"),
-    "flipped bit": (ARCHIVE[:5000] + bytes([ARCHIVE[5000] ^ 1]) + ARCHIVE[5001:], "damaged|not the right file"),
+    "flipped bit": (changed(5000, ARCHIVE[5000] ^ 1), "damaged|not the right file"),
+    # What is said to be compressed is not.
+    "broken stream": (changed(DIRECTORY + 10, zipfile.ZIP_DEFLATED), "damaged.*small8: Error -3 while decompressing"),
+    "unknown method": (changed(DIRECTORY + 10, 99), "damaged.*small8: That compression method is not supported"),
+    "password": (changed(DIRECTORY + 8, 1), "damaged.*small8: .*encrypted"),
     "log-in page": (b"<html>Please log in", f"another file: expected {len(ARCHIVE)} bytes, got 19 "),
     "longer": (ARCHIVE + b"more", f"another file: expected {len(ARCHIVE)} bytes, got {len(ARCHIVE) + 4} "),
     "other name": (pack(MEMBER, member="other8"), "no zip file with small8"),
@@ -209,10 +235,18 @@ def test_member_that_expands_without_end_is_cut(server, small, tmp_path):
 def test_ranges_must_begin_where_the_part_ends(server, small, tmp_path):
     part_of(tmp_path).write_bytes(ARCHIVE[:1000])
     server.plan = collections.deque(["elsewhere", "unknown"])
-    with pytest.raises(ValueError, match=f"expected bytes 1000-{len(ARCHIVE) - 1}/{len(ARCHIVE)}, got bytes 1001-"):
+    with pytest.raises(ValueError, match=f"expected bytes 1000-{len(ARCHIVE) - 1}/{len(ARCHIVE)}, got bytes 10000-"):
         get(small, tmp_path)
     assert get(small, tmp_path).read_bytes() == MEMBER
     assert server.ranges == ["bytes=1000-"] * 2
+
+
+def test_ranges_must_be_of_an_archive_of_the_size(server, small, tmp_path):
+    part_of(tmp_path).write_bytes(ARCHIVE[:1000])
+    server.archive = ARCHIVE + b"more"
+    with pytest.raises(ValueError, match=f"another file: expected bytes 1000-.*, got .*/{len(server.archive)} "):
+        get(small, tmp_path)
+    assert part_of(tmp_path).read_bytes() == ARCHIVE[:1000]
 
 
 def test_log_in_page_does_not_cost_the_part(server, small, tmp_path):
@@ -223,10 +257,10 @@ def test_log_in_page_does_not_cost_the_part(server, small, tmp_path):
     assert part_of(tmp_path).read_bytes() == ARCHIVE[:1000]
 
 
-@pytest.mark.parametrize(("status", "requests"), [("404", 1), ("403", 1), ("503", 3)])
+@pytest.mark.parametrize(("status", "requests"), [("404", 1), ("403", 1), ("204", 1), ("429", 3), ("503", 3)])
 def test_statuses_are_retried_where_that_may_help(server, small, tmp_path, status, requests):
     server.plan[0] = status
-    with pytest.raises(ValueError, match=f"HTTP Error {status}"):
+    with pytest.raises(ValueError, match=rf"HTTP Error {status}|\(status {status}\)"):
         get(small, tmp_path, attempts=3)
     assert len(server.ranges) == requests
 
@@ -247,7 +281,7 @@ def unreachable(server, small):
     return dataclasses.replace(small, url=f"http://127.0.0.1:{port}/small8.zip")
 
 
-def test_absent_server_says_how_to_place_the_file_by_hand(unreachable, tmp_path):
+def test_absent_server_says_how_to_place_the_file_by_hand(unreachable, tmp_path, capsys):
     cache = tmp_path / "cache"
     with pytest.raises(ValueError, match="by hand") as raised:
         get(unreachable, cache, attempts=2)
@@ -264,13 +298,22 @@ def test_absent_server_says_how_to_place_the_file_by_hand(unreachable, tmp_path)
     ):
         assert part in message
     assert kept(cache) == set()
+    assert capsys.readouterr().err.count("trying again") == 1
+
+
+def test_a_server_without_a_certificate_is_asked_once(small, tmp_path, capsys):
+    with pytest.raises(ValueError, match="SSL"):
+        get(dataclasses.replace(small, url=small.url.replace("http", "https")), tmp_path)
+    assert "SSL" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("name", "contents"), [("small8.zip", ARCHIVE), ("small8", MEMBER)])
 def test_file_placed_by_hand_needs_no_server(unreachable, tmp_path, name, contents):
+    """And where it is unpacked, not even a lock is written."""
     (tmp_path / name).write_bytes(contents)
     assert get(unreachable, tmp_path).read_bytes() == MEMBER
     assert (tmp_path / name).read_bytes() == contents
+    assert len(list(tmp_path.iterdir())) == (1 if name == "small8" else 3)
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,7 @@ def test_a_text_has_the_name_of_its_folder_however_it_is_called(tmp_path, cache,
     assert [load_text(name, cache=cache).name for name in (".", "../folder", folder)] == ["folder"] * 3
 
 
-def test_what_is_written_into_the_folder_of_a_text_would_be_read(tmp_path):
+def test_what_is_written_into_the_folder_of_a_text_would_be_read(tmp_path, monkeypatch):
     folder = str(write(tmp_path / "folder" / "a").parent)
     for path, read in (
         ("folder/run", True), ("folder/deep/run", True), ("folder/.runs/run", False), ("folder/run/.here", False),
@@ -161,6 +161,9 @@ def test_what_is_written_into_the_folder_of_a_text_would_be_read(tmp_path):
     ):  # fmt: skip
         assert is_read(folder, tmp_path / path) is read
     assert not is_read(str(tmp_path / "folder" / "a"), tmp_path / "folder" / "run")
+    monkeypatch.chdir(tmp_path / "folder")
+    assert is_read(".", pathlib.Path("run"))
+    assert not is_read(".", pathlib.Path("../run"))
 
 
 def test_stdlib_is_the_same_file_in_two_caches(tmp_path):
@@ -244,6 +247,18 @@ def test_only_a_cache_that_is_full_or_closed_is_blamed_on_the_user(cache, number
     with pytest.raises(error, match="what the system says"):
         fails()
     assert not list(cache.iterdir())
+
+
+def test_files_that_are_written_at_once_are_whole_and_the_last_one_stays(tmp_path):
+    path = tmp_path / "text.txt"
+    with new_file(path) as last:
+        with new_file(path) as first:
+            first.write(b"first")
+            last.write(b"last")
+            assert [unfinished.name[0] for unfinished in tmp_path.iterdir()] == [".", "."]
+        assert path.read_bytes() == b"first"
+    assert path.read_bytes() == b"last"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 BAD = {
