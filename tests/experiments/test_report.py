@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 from rich.console import Console
 
 from experiments.figures import Panel, save_panels
@@ -87,13 +88,18 @@ def test_the_figures_of_a_run_by_hand(tmp_path: pathlib.Path, drawn: dict[str, F
         "draft, training": [[2, pytest.approx(3)]],
         "target, validation": [[4, pytest.approx(2)], [6, pytest.approx(5)]],
     }
-    assert [text.get_text() for text in drawn["loss.png"].axes[0].texts] == ["5.00"]
+    (last,) = drawn["loss.png"].axes[0].texts
+    assert isinstance(last, Annotation)
+    assert (last.get_text(), last.xy) == ("5.00", (6, pytest.approx(5)))
     positions = [[1, 0.75], [2, 0.5]]
     assert lines_of(drawn["acceptance.png"]) == {"γ = 1": positions, "γ = 2": positions}
+    assert drawn["acceptance.png"].axes[0].get_ylim() == (0, 1)
+    assert len({line.get_color() for line in drawn["acceptance.png"].axes[0].lines}) == 2
     assert lines_of(drawn["speedup.png"]) == {
         "small draft, measured": [[1, 1.5], [2, 2.5]],
         "small draft, formula": [[1, 1.625], [2, 2.625]],
     }
+    assert drawn["speedup.png"].axes[0].get_ylim()[0] == 0
 
 
 def test_panels_by_hand(tmp_path: pathlib.Path, drawn: dict[str, Figure]):
@@ -101,15 +107,23 @@ def test_panels_by_hand(tmp_path: pathlib.Path, drawn: dict[str, Figure]):
     one, other = [(1.0, 3.0), (2.0, 4.0)], [(1.0, 5.0), (2.0, 6.0)]
     grid = [
         [Panel("first", "x", "y", {"a": one, "b": other}, {"b": one}, level=2.0, bottom=0.0)],
-        [Panel("second", "x", "y", {"b": one}, {}), Panel("third", "x", "y", {"c": other}, {}, own_legend=True)],
+        [
+            Panel("second", "x", "y", {"b": one}, {}),
+            Panel("third", "x", "y", {"c": other}, {}, own_legend=True),
+            Panel("fourth", "x", "y", {"b": 8 * one}, {}),
+        ],
     ]
     save_panels(tmp_path / "sheet.png", grid)
-    first, second, third = drawn["sheet.png"].axes
-    assert [axes.get_title() for axes in (first, second, third)] == ["first", "second", "third"]
+    first, second, third, fourth = drawn["sheet.png"].axes
+    assert [axes.get_title() for axes in drawn["sheet.png"].axes] == ["first", "second", "third", "fourth"]
+    places = [axes.get_subplotspec() for axes in drawn["sheet.png"].axes]
+    assert [(place.rowspan.start, place.colspan.start) for place in places if place] == [(0, 0), (1, 0), (1, 1), (1, 2)]
     level, a, b, dashed = first.lines
     assert set(np.asarray(level.get_ydata()).tolist()) == {2.0}
     assert [np.asarray(line.get_xydata()).tolist() for line in (a, b, dashed)] == np.array([one, other, one]).tolist()
     assert [line.get_linestyle() for line in (a, b, dashed)] == ["-", "-", "--"]
+    # Many points are a line without markers.
+    assert (second.lines[0].get_marker(), fourth.lines[0].get_marker()) == ("o", "")
     assert a.get_color() != b.get_color() == dashed.get_color() == second.lines[0].get_color()
     # A panel with a legend of its own has colours from the first on.
     assert third.lines[0].get_color() == a.get_color()
