@@ -15,8 +15,21 @@ from moe_jax.dispatch import DISPATCHES
 from moe_jax.exchange import Exchange
 from moe_jax.parallel import Placement, _most_groups
 from moe_jax.slots import SlotOrder
-from tests.moe.meshes import MESHES, Case, Results, all_on, assert_equal, case, drops, mesh_of, results, worst_errors
-from tests.moe.support import ALL, apply
+from tests.moe.meshes import (
+    DIM,
+    MESHES,
+    Case,
+    Results,
+    all_on,
+    assert_equal,
+    case,
+    drops,
+    mesh_of,
+    on,
+    results,
+    worst_errors,
+)
+from tests.moe.support import ALL, apply, config, hidden_states, initial_layer
 
 EXPERTS = (1, 3, 5, 8, 16)
 
@@ -176,11 +189,19 @@ def test_padding_moves_the_borders_of_groups_across_devices():
 
 
 def test_groups_are_cut_from_all_tokens_and_not_from_those_of_a_device():
-    """Of 33 tokens, 17 and 16 a device: groups of 11 are three, of which one is on both."""
-    cases = [case(num_experts=4, group_size=11, masked=False)]
+    """Of 33 tokens, nine a device: of the groups of eight, three are on two."""
+    cases = [case(num_experts=4, group_size=8, masked=False)]
     wanted = results(cases)
     assert drops(wanted[0]) > 0
     assert_equal(results(all_on(mesh_of(2, 2), cases)), wanted, relative=1e-5)
+
+
+def test_sequences_in_halves():
+    """Two on four devices."""
+    moe, x = initial_layer(config(capacity_factor_train=1.0, min_capacity=1)), hidden_states(2, 8, DIM)
+    wanted, got = (apply(layer, x) for layer in (moe, on(mesh_of(1, 4), moe)))
+    assert float(wanted.metrics.dropped_a[0]) > 0
+    np.testing.assert_allclose(got.outputs, wanted.outputs, atol=1e-5)
 
 
 @pytest.mark.parametrize("train_factor", [2.0, None])
@@ -200,6 +221,16 @@ def test_evaluation_on_a_mesh_has_its_own_policy_and_capacity(group_size: str, t
     np.testing.assert_allclose(got.outputs, wanted.outputs, atol=1e-5)
     np.testing.assert_allclose(got.metrics.dropped_a, wanted.metrics.dropped_a, atol=1e-6)
     np.testing.assert_allclose(got.metrics.wanted_a, wanted.metrics.wanted_a, atol=1e-6)
+
+
+def test_a_device_has_room_for_all_choices_of_all_tokens():
+    """Equal logits: every token asks for experts 0 and 1, which are on one device, and nothing is dropped."""
+    one = case(num_experts=4, dispatch="ragged", capacity_factor_train=None, masked=False)
+    one = one._replace(moe=jax.tree.map(lambda leaf: leaf, one.moe))  # case() is of a cached layer
+    one.moe.router_de[...] = jnp.zeros((8, 4))
+    wanted, got = (apply(c.moe, c.x) for c in (one, *all_on(mesh_of(1, 2), [one])))
+    np.testing.assert_array_equal(wanted.metrics.load_e, [0.5, 0.5, 0, 0])
+    np.testing.assert_allclose(got.outputs, wanted.outputs, atol=1e-5)
 
 
 def test_a_device_has_room_for_all_groups_that_padding_lets_it_see():

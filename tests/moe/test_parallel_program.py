@@ -75,11 +75,13 @@ def test_backward_sends_it_once_more_each_way(shape: tuple[int, int]):
 
 
 def test_groups_cut_by_devices_gather_integers_only():
-    found = collectives(compiled((2, 4), backward=True, group_size="batch").as_text())
+    """And send no more than the slots of two groups, the most that the 64 tokens of a device can be of."""
+    found = collectives(compiled((2, 4), backward=True, group_size=96).as_text())
     gathered = of_kind(found, "all-gather")
     assert gathered
     assert not [dtype for collective in gathered for dtype in collective.dtypes if "f" in dtype]
-    assert len(of_kind(found, "all-to-all")) == 4
+    slots = 2 * 96 // EXPERTS
+    assert [c.sent_bytes for c in of_kind(found, "all-to-all")] == [EXPERTS * slots * DIM * FLOAT32 * 3 / 4] * 4
 
 
 @pytest.mark.parametrize(("shape", "parts"), [((1, 8), 8), ((2, 4), 4)], ids=str)
