@@ -1,3 +1,5 @@
+import collections
+import contextlib
 import dataclasses
 import json
 import os
@@ -5,6 +7,7 @@ import re
 import shutil
 import signal
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import chex
@@ -282,13 +285,38 @@ def test_pauses_are_not_timed(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_throughput_is_of_the_steps_since_the_last_record(tmp_path, monkeypatch: pytest.MonkeyPatch):
-    """The first step of a start compiles and is left out, of a resumed one too."""
+    """The first step of a start compiles and is left out, of a resumed one too; what is no step is done in pauses."""
     monkeypatch.setattr(training._Clock, "lap", lambda clock: 1.0)
-    config = tiny_config(tmp_path, steps=4, schedule="constant")
+    config = tiny_config(tmp_path, steps=4, schedule="constant", sample_every=2)
+    save, loss_fn = training.Checkpoints.save, train_draft.make_loss_fn(config)
+    pauses, in_pause = [], collections.defaultdict(list)
+
+    @contextlib.contextmanager
+    def paused(clock: training._Clock) -> Iterator[None]:
+        pauses.append(clock)
+        yield
+        pauses.pop()
+
+    def spied(name: str, function: Any) -> Any:
+        def spy(*arguments: Any) -> Any:
+            in_pause[name].append(bool(pauses))
+            return function(*arguments)
+
+        return spy
+
+    monkeypatch.setattr(training._Clock, "paused", paused)
+    monkeypatch.setattr(training.Checkpoints, "save", spied("save", save))
+    # Of validation, what is seen is that it is traced.
+    task = dataclasses.replace(
+        train_draft.task(config),
+        on_sample=spied("sample", lambda *_: None),
+        validation_loss_fn=spied("validate", loss_fn),
+    )
     for changes in ({}, {"steps": 8, "resume": True}):
-        train(dataclasses.replace(config, **changes))
+        train(dataclasses.replace(config, **changes), task)
     speeds = [r["tokens_per_second"] for r in read_metrics(config.output) if "tokens_per_second" in r]
     assert [speed / config.tokens_per_step for speed in speeds] == [1, 2, 1, 2]
+    assert in_pause == {"sample": [True] * 4, "save": [True] * 2, "validate": [True]}
 
 
 def test_records_are_means_over_their_steps(tmp_path):
