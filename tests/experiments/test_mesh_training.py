@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -220,6 +221,7 @@ def test_upcycling_starts_where_the_dense_run_ended(tmp_path):
         ({"upcycle_from": tmp_path / "nowhere"}, "upcycle_from must be the output folder of a training run .* got"),
         ({"upcycle_from": earlier}, "upcycle_from must be another folder than output, got"),
         ({"upcycle_from": earlier / "checkpoints"}, "upcycle_from must be another folder than output, got"),
+        ({"upcycle_from": pathlib.Path(os.path.relpath(earlier))}, "upcycle_from must be another folder than output"),
     ):
         wrong = dataclasses.replace(upcycled_config(dense, tmp_path, hidden=changes.pop("hidden", hidden)), **changes)
         over = dataclasses.replace(wrong, output=earlier, overwrite=True)
