@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from experiments.expert_decoder import (
+    DenseFeedForward,
     ExpertsConfig,
     equal_hidden,
     forward,
@@ -19,6 +20,7 @@ from experiments.expert_decoder import (
     num_parameters,
     routing_reports,
 )
+from moe_jax import TopN
 from spec_jax import Decoder, DecodeResult, Sampling, SmallModel, base_decoding, speculative_decoding
 from tests.experiments.experts import CONFIG, EXPERTS, dense_draft, random_tokens, sparse_decoder
 from tests.spec.transformers import Comparison, compare, ragged_prompts, transformer
@@ -189,9 +191,29 @@ def test_equal_parameters(before: bool, after: bool):
 
 
 def test_equal_flops_by_hand():
-    """Slots of 1.25 tokens and one feed-forward of width 24 for each token, and a router of 32 · 4 products."""
+    """Slots of 1.25 tokens and feed-forwards of width 24 for each token, and a router of 32 · 4 products."""
     experts = dataclasses.replace(EXPERTS, kind="equal_flops")
-    assert equal_hidden(CONFIG, experts) == round((1.25 + 1) * 24 + 32 * 4 / (3 * 32))
+    for before, after in ((False, True), (True, False), (True, True)):
+        experts = dataclasses.replace(experts, add_ff_before=before, add_ff_after=after)
+        assert equal_hidden(CONFIG, experts) == round((1.25 + before + after) * 24 + 32 * 4 / (3 * 32))
+
+
+def test_mixtures_are_as_asked_for():
+    asked = {"num_experts": 5, "hidden": 7, "balance_coef": 0.25, "router_z_coef": 0.125}
+    layer = ExpertsConfig(top_n=3, threshold=0.375, capacity_factor=1.5, **asked).layer(dim=16)
+    assert layer.router == TopN(n=3, threshold_train=0.375, threshold_eval=0.375)
+    assert {name: getattr(layer, name) for name in asked} == asked
+    assert (layer.dim, layer.capacity_factor_train, layer.capacity_factor_eval) == (16, 1.5, None)
+
+
+def test_dense_feed_forwards_norm_their_input():
+    @jax.jit
+    def outputs(x_btd: jax.Array) -> jax.Array:
+        return DenseFeedForward(8, 5, rngs=nnx.Rngs(0))(x_btd)
+
+    x_btd = jnp.linspace(-1, 2, 24).reshape(1, 3, 8)
+    np.testing.assert_allclose(outputs(4 * x_btd), outputs(x_btd), rtol=1e-5)
+    assert outputs(x_btd).any()
 
 
 @pytest.mark.parametrize(
