@@ -52,6 +52,7 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(size=st.sampled_from(SIZES))
     def resize(self, size: int) -> None:
         self.cache = self.cache.resized(size)
+        assert self.cache.size == size
         self.cache = self.cache.with_length(jnp.minimum(self.cache.length_b, size))
         for row in self.rows:
             for live in row:

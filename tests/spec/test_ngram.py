@@ -118,8 +118,8 @@ def test_rows_without_a_match_draft_nothing():
     """Beside a row that drafts, and they are as right as alone; nothing they did not draft is counted."""
     counting = deterministic_toy([1, 2, 3, 0])
     result = speculative_decoding(
-        counting, NGram(gamma=3), [[0, 1, 2, 3, 0, 1], [2, 0, 0, 0, 0, 0]], prompt_length=[6, 1], max_new_tokens=4,
-        key=jax.random.key(0),
+        counting, NGram(max_ngram=2, min_ngram=2, gamma=3), [[0, 1, 2, 3, 0, 1], [2, 0, 0, 0, 0, 0]],
+        prompt_length=[6, 1], max_new_tokens=4, key=jax.random.key(0),
     )  # fmt: skip
     assert result.tokens.tolist() == [[2, 3, 0, 1], [3, 0, 1, 2]]
     assert result.rounds.tolist() == [1, 4]
