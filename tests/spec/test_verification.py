@@ -145,6 +145,15 @@ def test_impossible_token_is_refused_at_zero(rule: str):
     assert np.asarray(verdict.next_token_b)[refused_b].tolist() == [1, 1]
 
 
+def test_what_only_rounding_refuses_is_drawn_from_the_target():
+    """Of laws that are equal but for rounding, here a large one, nothing is left over."""
+    draft, target = np.array([[[0.0, 1.00001]]]), np.array([[[0.0, 0.99999], [0.5, 0.5]]])
+    verdict = COMPILED["rejection"](
+        as_draft(np.array([[1]]), draft), log32(target), jnp.full((1, 1), 0.999999), jnp.zeros((1, 2))
+    )
+    assert (verdict.accepted_b.tolist(), verdict.next_token_b.tolist()) == ([0], [1])
+
+
 @pytest.mark.parametrize("rule", ["rejection", "block"])
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_rows_that_drafted_less(rule: str, count: int):
