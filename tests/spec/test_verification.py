@@ -145,6 +145,14 @@ def test_impossible_token_is_refused_at_zero(rule: str):
     assert np.asarray(verdict.next_token_b)[refused_b].tolist() == [1, 1]
 
 
+def test_coupling_keeps_no_leftovers_that_agree():
+    """A token behind those that a row drafted is not accepted, even where the target draws it."""
+    certain = np.array([[[0.0, 1.0]] * 2])
+    drafted_nothing = Draft(jnp.array([[1]]), log32(certain[:, :1]), jnp.array([0]))
+    verdict = verification.coupled(drafted_nothing, log32(certain), jnp.zeros((1, 2, 2)))
+    assert (verdict.accepted_b.tolist(), verdict.next_token_b.tolist()) == ([0], [1])
+
+
 def test_what_only_rounding_refuses_is_drawn_from_the_target():
     """Of laws that are equal but for rounding, here a large one, nothing is left over."""
     draft, target = np.array([[[0.0, 1.00001]]]), np.array([[[0.0, 0.99999], [0.5, 0.5]]])
