@@ -82,8 +82,11 @@ def launch(config: LaunchConfig, command: Sequence[str]) -> int:
       ValueError: there is no such program.
     """
     processes: list[subprocess.Popen[bytes]] = []
+    # Each with the number of processes that got it: a process may be on its way when a signal comes.
+    signals: list[tuple[int, int]] = []
 
     def forward(number: int, _frame: object) -> None:
+        signals.append((number, len(processes)))
         for process in processes:
             _signal(process, number)
 
@@ -94,6 +97,9 @@ def launch(config: LaunchConfig, command: Sequence[str]) -> int:
         try:
             for environment, log in zip(environments(config, os.environ), logs, strict=True):
                 processes.append(_start(command, environment, log if processes else None))
+            for number, told in signals:
+                for process in processes[told:]:
+                    _signal(process, number)
             failed = _wait(processes)
         finally:
             for process in processes:

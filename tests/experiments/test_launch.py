@@ -125,6 +125,19 @@ def test_signals_reach_every_process_once(number, tmp_path):
     assert [(tmp_path / f"signal{index}").read_text() for index in range(2)] == ["x", "x"]
 
 
+def test_a_signal_reaches_processes_that_are_just_being_started(monkeypatch):
+    start = launcher._start
+
+    def interrupted(*arguments):
+        process = start(*arguments)
+        if arguments[1]["JAX_PROCESS_ID"] == "0":
+            signal.raise_signal(signal.SIGTERM)
+        return process
+
+    monkeypatch.setattr(launcher, "_start", interrupted)
+    assert launcher.launch(LaunchConfig(processes=2), ["sleep", "5"]) == 128 + signal.SIGTERM
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
