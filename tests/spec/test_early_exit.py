@@ -208,8 +208,8 @@ def test_scoring_does_not_repeat_the_first_layers(gamma: int):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"early_exit_layer": 0}, r"early_exit_layer must be in \[1, depth = 3\), got 0"),
-        ({"early_exit_layer": 3}, r"early_exit_layer must be in \[1, depth = 3\), got 3"),
+        ({"early_exit_layer": 0}, r"early_exit_layer must be an integer in \[1, depth = 3\) or None, got 0"),
+        ({"early_exit_layer": 3}, r"early_exit_layer must be an integer in \[1, depth = 3\) or None, got 3"),
         ({"early_exit_recycling": -1}, "early_exit_recycling must be at least 0, got -1"),
         ({"early_exit_extra_blocks": -1}, "early_exit_extra_blocks must be at least 0, got -1"),
         (
