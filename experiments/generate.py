@@ -66,7 +66,7 @@ class LoadedRun:
         Raises:
           ValueError: another name, or layers were not searched yet, for 'layer-skip'.
         """
-        _check_name(name)
+        _check_drafter(name)
         if name == "ngram":
             return spec_jax.NGram(gamma=GAMMA if gamma is None else gamma)
         if name == "layer-skip":
@@ -120,7 +120,7 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         if not self.prompt:
             raise ValueError("prompt must have at least one byte, got ''")
-        _check_name(self.drafter)
+        _check_drafter(self.drafter)
         if self.plain and self.drafter not in ("trained", "none"):
             raise ValueError(f"drafter must not be given with plain, got {self.drafter!r}")
         at_least(0, self, "max_new_tokens", "gamma")
@@ -133,7 +133,7 @@ class GenerateConfig:
         return spec_jax.Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
 
 
-def _check_name(drafter: str) -> None:
+def _check_drafter(drafter: str) -> None:
     if drafter not in (names := get_args(DrafterName)):
         raise ValueError(f"drafter must be one of {', '.join(names)}, got {drafter!r}")
 

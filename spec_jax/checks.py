@@ -11,8 +11,8 @@ from jax.core import Tracer
 from numpy.typing import ArrayLike
 
 from spec_jax.drafters.base import Drafter, LanguageModel
-from spec_jax.integers import is_integer
 from spec_jax.sampling import Sampling
+from spec_jax.scalars import is_integer
 from spec_jax.verification import Verification
 
 

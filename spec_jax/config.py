@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from spec_jax.integers import check_integer, is_integer, is_number
+from spec_jax.scalars import check_integer, is_integer, is_number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

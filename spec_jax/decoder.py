@@ -61,18 +61,7 @@ class Decoder(nnx.Module):
           ValueError: tokens of another rank or dtype, or more of them than the cache has slots; a cache of another
             batch or model.
         """
-        if tokens_bt.ndim != 2 or not jnp.issubdtype(tokens_bt.dtype, jnp.integer):
-            raise ValueError(f"tokens must be (B, T) integers, got {tokens_bt.shape} {tokens_bt.dtype}")
-        if cache is not None:
-            config, (batch, positions) = self.config, tokens_bt.shape
-            if positions > cache.size:
-                raise ValueError(f"tokens must fit the cache's {cache.size} slots, got {positions} a row")
-            shape = (batch, config.num_kv_heads, cache.size, config.dim_head)
-            if len(cache.keys) != config.depth or cache.keys[0].shape != shape:
-                raise ValueError(
-                    f"cache must be as init_cache({batch}, {cache.size}) gives it, {config.depth} layers of {shape}, "
-                    f"got {len(cache.keys)} of {cache.keys[0].shape}"
-                )
+        self._check(tokens_bt, cache)
         early_btd, cache = self.early(tokens_bt, cache)
         return self.late(early_btd, cache)
 
@@ -152,6 +141,22 @@ class Decoder(nnx.Module):
     def vocab_size(self) -> int:
         """Number of tokens."""
         return self.config.vocab_size
+
+    def _check(self, tokens_bt: jax.Array, cache: KVCache | None) -> None:
+        """Raises ValueError where `__call__` does."""
+        if tokens_bt.ndim != 2 or not jnp.issubdtype(tokens_bt.dtype, jnp.integer):
+            raise ValueError(f"tokens must be (B, T) integers, got {tokens_bt.shape} {tokens_bt.dtype}")
+        if cache is None:
+            return
+        config, (batch, positions) = self.config, tokens_bt.shape
+        if positions > cache.size:
+            raise ValueError(f"tokens must fit the cache's {cache.size} slots, got {positions} a row")
+        shape = (batch, config.num_kv_heads, cache.size, config.dim_head)
+        if len(cache.keys) != config.depth or cache.keys[0].shape != shape:
+            raise ValueError(
+                f"cache must be as init_cache({batch}, {cache.size}) gives it, {config.depth} layers of {shape}, "
+                f"got {len(cache.keys)} of {cache.keys[0].shape}"
+            )
 
 
 class EarlyExitBranch(nnx.Module):

@@ -8,7 +8,7 @@ from flax import nnx, struct
 
 from spec_jax.cache import KVCache
 from spec_jax.decoder import Decoder, DecoderOutput
-from spec_jax.integers import check_integer
+from spec_jax.scalars import check_integer
 
 
 class ProphetModel(nnx.Module):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from spec_jax.integers import is_integer
+from spec_jax.scalars import is_integer
 from spec_jax.verification import Draft
 
 State = TypeVar("State")

@@ -10,7 +10,7 @@ from flax import struct
 
 from spec_jax.decoder import Decoder
 from spec_jax.drafters.base import Choose, Drafter, LanguageModel, Proposal, Sequence, token_by_token
-from spec_jax.integers import is_integer
+from spec_jax.scalars import is_integer
 
 
 @struct.dataclass

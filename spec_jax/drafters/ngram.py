@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from spec_jax.drafters.base import Choose, Drafter, LanguageModel, Output, Proposal, Sequence
-from spec_jax.integers import check_integer
+from spec_jax.scalars import check_integer
 from spec_jax.verification import Draft
 
 
