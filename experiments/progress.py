@@ -19,8 +19,8 @@ FIELDS = " · ".join(
 class TrainingProgress:
     """Loss, bits per byte, tokens per second and time left.
 
-    The loss is the one that is descended, in nats; bits per byte are those of the main model, on validation text as
-    soon as there are any.
+    The loss is the one that is descended, in nats; bits per byte are those of the main model. A log says of which text
+    they are; the bar, which has no room to, shows those of validation text as soon as there are any.
     """
 
     def __init__(self, console: Console, *, steps: int, done: int) -> None:
@@ -31,6 +31,7 @@ class TrainingProgress:
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
             console=console, disable=not console.is_terminal, transient=False,
         )  # fmt: skip
+        self._validated = False
         nan = float("nan")
         self._task = self._bar.add_task("training", total=steps, completed=done, loss=nan, bits=nan, speed=nan)
 
@@ -47,19 +48,19 @@ class TrainingProgress:
         """So many steps have been started."""
         self._bar.update(self._task, completed=done)
 
-    def validated(self, bits: float) -> None:
-        """Bits per byte on validation text, newer than the last record."""
+    def validated(self, done: int, bits: float) -> None:
+        """Bits per byte on validation text after `done` steps."""
+        self._validated = True
         self._bar.update(self._task, bits=bits)
+        self._log(done, f"{bits:.3f} bits/byte (validation text)")
 
-    def record(self, done: int, *, loss: float, bits: float, text: str, speed: float) -> None:
-        """New numbers, known after `done` steps.
+    def record(self, done: int, *, loss: float, bits: float, speed: float) -> None:
+        """New numbers, known after `done` steps. The bits per byte are of training text."""
+        self._bar.update(self._task, loss=loss, speed=speed)
+        if not self._validated:
+            self._bar.update(self._task, bits=bits)
+        self._log(done, f"loss {loss:.3f} · {bits:.3f} bits/byte (training text) · {speed:,.0f} tokens/s")
 
-        The bits per byte are of "training" or "validation" text: a log says which, a bar has no room to.
-        """
-        self._bar.update(self._task, loss=loss, bits=bits, speed=speed)
+    def _log(self, done: int, numbers: str) -> None:
         if not self._console.is_terminal:
-            self._console.print(
-                f"step {done:,} of {self._steps:,} · loss {loss:.3f} · {bits:.3f} bits/byte ({text} text) · "
-                f"{speed:,.0f} tokens/s",
-                highlight=False,
-            )
+            self._console.print(f"step {done:,} of {self._steps:,} · {numbers}", highlight=False)

@@ -97,7 +97,6 @@ class _Loop:
         self.evaluate_fn = self.on_mesh(jax.jit(job.validation_loss_fn or job.loss_fn))
         self.pending: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
         self.window: list[dict[str, float]] = []
-        self.validation_bits = math.nan
         self.clock = _Clock()
         self.timed_steps = 0
         self.saved: int | None = None
@@ -171,10 +170,8 @@ class _Loop:
         speed = self.timed_steps * self.config.tokens_per_step / self.clock.lap()
         self.timed_steps = 0
         self.window.clear()
-        bits, text = self.validation_bits, "validation"
-        if math.isnan(bits):
-            bits, text = bits_per_byte(means[self.job.main_loss]), "training"
-        self.to.progress.record(done, loss=means["loss"], bits=bits, text=text, speed=speed)
+        bits = bits_per_byte(means[self.job.main_loss])
+        self.to.progress.record(done, loss=means["loss"], bits=bits, speed=speed)
         if self.to.metrics is not None:
             train = {f"train/{name}": value for name, value in means.items()}
             self.to.metrics.write(done, {**train, "tokens_per_second": speed})
@@ -184,8 +181,7 @@ class _Loop:
         with self.clock.paused():
             reports = [self.evaluate_fn(state.models, tokens)[1] for tokens in self.validation_batches()]
             means = {name: float(np.mean([report[name] for report in reports])) for name in reports[0]}
-        self.validation_bits = bits_per_byte(means[self.job.main_loss])
-        self.to.progress.validated(self.validation_bits)
+        self.to.progress.validated(done, bits_per_byte(means[self.job.main_loss]))
         if self.to.metrics is not None:
             losses = {f"validation/{name}": value for name, value in means.items()}
             bits = {

@@ -36,6 +36,9 @@ def test_bits_are_of_the_main_model_on_the_last_validation_text(tmp_path):
     _, printed = train(config)
     validation = [record for record in read_metrics(config.output) if "validation/target_bits_per_byte" in record]
     shown = [float(bits) for bits in re.findall(r"([\d.]+) bits/byte", printed)]
-    # Step 4 is recorded before it is validated.
     assert shown[1] == pytest.approx(validation[0]["validation/target_bits_per_byte"], abs=1e-3)
     assert abs(shown[1] - validation[0]["validation/draft_bits_per_byte"]) > 1e-2
+    assert shown[3] == pytest.approx(validation[1]["validation/target_bits_per_byte"], abs=1e-3)
+    assert re.findall(r"step (\d) of 4 .*\((\w+) text\)", printed) == [
+        ("2", "training"), ("2", "validation"), ("4", "training"), ("4", "validation"),
+    ]  # fmt: skip

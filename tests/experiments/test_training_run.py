@@ -320,9 +320,10 @@ def test_throughput_is_of_the_steps_since_the_last_record(tmp_path, monkeypatch:
 
 
 def test_records_are_means_over_their_steps(tmp_path):
-    """Until there is a validation, the bits per byte that are shown are of the training loss, and say so."""
+    """Their bits per byte are of the training loss, and say so, as those of each validation do."""
     losses = {}
-    shown_of = {1: ["training"] * 3 + ["validation"], 2: ["training", "validation"]}
+    validated = ["validation", "training", "validation"]
+    shown_of = {1: ["training"] * 3 + validated, 2: ["training", *validated]}
     for log_every in (1, 2):
         output = tmp_path / str(log_every)
         config = tiny_config(tmp_path, steps=4, log_every=log_every, validate_every=3, output=output)
