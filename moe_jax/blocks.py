@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-# Where groups differ, blocks are one to LENGTHS steps long, and each length is code of its own. A step is a sixteenth
-# of the mean group, but within these bounds: products of fewer rows are no faster, and hidden states of more than
-# LENGTHS * LONGEST_STEP rows leave the processor's cache, and take memory for no speed.
-LENGTHS = 20
-SHORTEST_STEP, LONGEST_STEP = 8, 16
+# Where groups differ, blocks are one to LENGTHS steps long, and each length is code of its own, to be compiled. A step
+# is an eighth of the mean group (with half of that and twice the lengths nothing was faster), but within these bounds:
+# products of fewer rows are no faster, and hidden states of more than LENGTHS * LONGEST_STEP rows leave the processor's
+# cache, and take memory for no speed.
+LENGTHS = 10
+SHORTEST_STEP, LONGEST_STEP = 8, 32
 
 
 class Window(NamedTuple):
@@ -108,7 +109,7 @@ class Blocks:
 
 def blocks_of_groups(num_groups: int, num_rows: int) -> Blocks:
     """For groups of any size among S rows: lengths close enough for few rows to be computed in vain."""
-    step = -(-num_rows // (16 * num_groups * SHORTEST_STEP)) * SHORTEST_STEP
+    step = -(-num_rows // (8 * num_groups * SHORTEST_STEP)) * SHORTEST_STEP
     step = min(max(step, SHORTEST_STEP), LONGEST_STEP)
     return Blocks(num_rows, tuple(sorted({min(step * i, num_rows) for i in range(1, LENGTHS + 1)})))
 

@@ -163,15 +163,19 @@ def _where_it_runs(
     in_blocks: Callable[..., Any], at_once: Callable[..., Any], static: tuple[Any, ...], operands: Operands, *rest: Any
 ) -> Any:
     """One of two functions of the same arguments, on a CPU the first unless groups are short."""
-    if short_on_cpu(operands):
-        return at_once(*static, operands, *rest)
-
-    def compute(*arrays: Any) -> Any:
-        return jax.lax.platform_dependent(*arrays, cpu=partial(in_blocks, *static), default=partial(at_once, *static))
-
+    compute = partial(_compute, in_blocks, at_once, static)
     # Under `jax.vmap`, groups of any size go one batch entry after the other: `ragged_dot` takes no other, and of loops
     # of different lengths every step would copy what all of them carry.
     return (compute if operands.sizes_e is None else sequential_vmap(compute))(operands, *rest)
+
+
+# Of layers that are alike only the first is traced.
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _compute(in_blocks: Callable[..., Any], at_once: Callable[..., Any], static: tuple[Any, ...], *arrays: Any) -> Any:
+    operands = arrays[0]
+    if short_on_cpu(operands):
+        return at_once(*static, *arrays)
+    return jax.lax.platform_dependent(*arrays, cpu=partial(in_blocks, *static), default=partial(at_once, *static))
 
 
 def short_on_cpu(operands: Operands) -> bool:
@@ -292,7 +296,8 @@ def _cut(operands: Operands) -> tuple[Blocks, Place]:
 def _read(operands: Operands, window: Window) -> tuple[jax.Array, Rows]:
     """(L,) where in the input a block's rows are, beyond its end where they are not the block's own; and the rows."""
     x, *factors = operands.rows
-    index_l = window.rows_l if operands.layout is None else window.read(operands.layout.token_s)
+    layout = operands.layout
+    index_l = window.rows_l if layout is None else layout.token_of(window.read(layout.assignment_s))
     index_l = window.own(index_l, len(x))
     return index_l, Rows(taken(x, index_l), *jax.tree.map(window.read, factors))
 
@@ -361,10 +366,12 @@ def gradients_in_blocks(
             hidden_lf = None if kept is None else _read_kept(kept, window, place)
             summands, new = _gradients(layers, OneGroup(), rows, weights, hidden_lf, bar_ld)
 
-            # The first block sets the sums: the zeros there need not be read.
+            # The first block sets the sums, and does not read the zeros that are there; `at` would.
             def add(sums: jax.Array, summand: jax.Array) -> jax.Array:
                 summand = summand.astype(sums.dtype)
-                return sums.at[place.number].set(summand) if first else sums.at[place.number].add(summand)
+                if first:
+                    return jax.lax.dynamic_update_index_in_dim(sums, summand, place.number, axis=0)
+                return sums.at[place.number].add(summand)
 
             x_bar = x_bar.at[index_l].add(new.x.astype(x_bar.dtype), mode="drop")
             factors_bar = jax.tree.map(window.write, factors_bar, list(new[1:]))

@@ -20,7 +20,11 @@ class Layout:
     @property
     def token_s(self) -> jax.Array:
         """(S,) int32, the token in each row; T where the row is empty."""
-        return self.assignment_s // self.row_ta.shape[1]
+        return self.token_of(self.assignment_s)
+
+    def token_of(self, assignment: jax.Array) -> jax.Array:
+        """The token of each flat assignment; T of what is none."""
+        return assignment // self.row_ta.shape[1]
 
 
 def layout(row_ta: jax.Array, keep_ta: jax.Array, num_rows: int) -> Layout:
