@@ -77,8 +77,8 @@ def assert_close(got: Any, wanted: Any) -> None:
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
-# Sizes around the longest block, empty groups, no row at all, tails.
-SIZES_OF_300 = [[5, 0, 31, 33], [0, 0, 0, 0], [0, 0, 300, 0], [160, 1, 139, 0], [0, 139, 0, 161]]
+# Sizes around the longest block and a shorter one, empty groups, no row at all, tails.
+SIZES_OF_300 = [[5, 0, 32, 33], [0, 0, 0, 0], [0, 0, 300, 0], [160, 1, 139, 0], [0, 139, 0, 161]]
 
 
 @pytest.mark.parametrize(("rows", "sizes"), [*((300, sizes) for sizes in SIZES_OF_300), (3, [2, 0, 0, 1])])
