@@ -188,6 +188,14 @@ def test_groups_of_tokens(sizes: list[int] | None, weighted: bool):
         assert_close(other, wanted)
 
 
+def test_fewer_rows_than_tokens():
+    used_s, sizes_e = np.arange(30) < 25, jnp.array([3, 10, 0, 12])
+    inputs, bar_td = (hidden_states(40, 5), (hidden_states(40, 2, seed=2), None)), hidden_states(40, 5, seed=3)
+    by_groups = partial(tokens_by_group, used_s, sizes_e, False)
+    by_rows = partial(tokens_by_row, used_s, jnp.repeat(jnp.arange(4), sizes_e, total_repeat_length=30))
+    assert_close(*(jax.jit(partial(answers, call))(inputs, bar_td) for call in (by_groups, by_rows)))
+
+
 @pytest.mark.parametrize(
     ("dim", "size", "recompute", "short"),
     [(64, 8, False, True), (64, 8, True, True), (64, 9, False, False), (520, 64, False, True), (520, 65, False, False)],
