@@ -13,7 +13,7 @@ from moe_jax import grouped
 from moe_jax.blocks import Blocks, blocks_of_equal_groups, blocks_of_groups
 from moe_jax.experts import GEGLU, HiddenWeights, OutputWeights, gelu
 from moe_jax.grouped import Operands, Rows, Weights, by_group
-from moe_jax.grouping import OneGroup
+from moe_jax.grouping import OneGroup, SortedGroups
 from moe_jax.layout import Sent, layout, sent
 from tests.moe.meshes import mesh_of
 from tests.moe.support import assert_trees_close, hidden_states
@@ -247,6 +247,31 @@ def test_what_accelerators_compute(rows: int, sizes: list[int] | None, recompute
     outputs, weights_bar, bars = jax.jit(partial(at_once, LAYERS, recompute))(operands, bar_sd)
     got = outputs[:used], weights_bar, bars.x[:used]
     assert_close(got, answers(partial(row_by_row, group_s=group_s), rows_sd[:used], bar_sd[:used]))
+
+
+def test_what_an_accelerator_makes_of_rows_beyond_the_last_group_is_zero(monkeypatch: pytest.MonkeyPatch):
+    """A `ragged_dot` that leaves NaN there, in the product and in its gradient."""
+
+    def poisoned(rows_sd: jax.Array, sizes_e: jax.Array) -> jax.Array:
+        return jnp.where((jnp.arange(len(rows_sd)) < sizes_e.sum())[:, None], rows_sd, jnp.nan)
+
+    @jax.custom_vjp
+    def ragged_dot(rows: jax.Array, weights: jax.Array, sizes_e: jax.Array) -> jax.Array:
+        return poisoned(product(rows, weights, sizes_e), sizes_e)
+
+    def backward(saved: Any, bar: jax.Array) -> Any:
+        rows_bar, weights_bar = jax.vjp(lambda rows, weights: product(rows, weights, saved[2]), *saved[:2])[1](bar)
+        return poisoned(rows_bar, saved[2]), weights_bar, None
+
+    product = jax.lax.ragged_dot
+    ragged_dot.defvjp(lambda *inputs: (ragged_dot(*inputs), inputs), backward)
+    monkeypatch.setattr(jax.lax, "ragged_dot", ragged_dot)
+    grouping = SortedGroups(jnp.array([2, 0, 3]), 8)
+    outputs, pull = jax.vjp(grouping.product, hidden_states(8, 4), hidden_states(3, 4, 6))
+    rows_bar, weights_bar = pull(jnp.ones((8, 6)).at[5:].set(jnp.nan))
+    assert jnp.isfinite(weights_bar).all()
+    for x in (outputs, rows_bar):
+        np.testing.assert_array_equal((x != 0).any(1), np.arange(8) < 5)
 
 
 @pytest.mark.parametrize("sizes", [[0, 160, 1, 139], None], ids=["sorted", "equal"])
