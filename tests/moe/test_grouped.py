@@ -307,6 +307,16 @@ def test_hidden_states_are_kept_where_a_gradient_will_be(size: int, in_place: bo
     assert more < 0.1 * hidden_bytes if in_place else more > 0.9 * hidden_bytes
 
 
+@pytest.mark.parametrize(("rows", "sizes"), [(2 * 322, None), (40, [7, 33])], ids=["two blocks", "sorted"])
+def test_hidden_states_of_groups_of_several_blocks_are_kept_elsewhere(rows: int, sizes: list[int] | None):
+    """Where those of a group in one block would have been in the place of a gradient."""
+    dim = rows // 2
+    stacked = jax.tree.map(lambda weight: weight[:2], weights(dim, 1))
+    sizes_e = None if sizes is None else jnp.asarray(sizes)
+    operands = Operands(stacked, Rows(hidden_states(rows, dim), None, None), sizes_e, None)
+    assert grouped.kept_for_gradients(LAYERS, operands).shape == (rows, 2)
+
+
 def scratch_bytes(program: Any) -> int:
     memory = program.memory_analysis()
     assert memory is not None
