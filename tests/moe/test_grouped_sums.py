@@ -6,7 +6,7 @@ import numpy as np
 
 from moe_jax.experts import GEGLU, HiddenWeights, OutputWeights, gelu
 from moe_jax.grouped import Weights, by_group
-from moe_jax.layout import layout, sent
+from moe_jax.layout import collect, layout, sent
 from tests.moe.support import hidden_states
 
 LAYERS = GEGLU(gelu)
@@ -44,3 +44,8 @@ def test_bfloat16_rows_of_a_token_are_summed_in_float32():
         total_td = by_group(LAYERS, weights, jnp.ones((1, 2), jnp.bfloat16), sizes_e, sent=moved)
         assert total_td.dtype == jnp.float32
         np.testing.assert_array_equal(total_td, 257)
+
+
+def test_bfloat16_rows_of_a_token_are_collected_in_float32():
+    where = layout(jnp.array([[0, 1]]), jnp.ones((1, 2), bool), 2)
+    np.testing.assert_array_equal(collect(where, jnp.array([[256], [1]], jnp.bfloat16)), 257)
