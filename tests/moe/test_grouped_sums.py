@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from moe_jax.experts import GEGLU, HiddenWeights, OutputWeights, gelu
 from moe_jax.grouped import Weights, by_group
@@ -49,3 +50,29 @@ def test_bfloat16_rows_of_a_token_are_summed_in_float32():
 def test_bfloat16_rows_of_a_token_are_collected_in_float32():
     where = layout(jnp.array([[0, 1]]), jnp.ones((1, 2), bool), 2)
     np.testing.assert_array_equal(collect(where, jnp.array([[256], [1]], jnp.bfloat16)), 257)
+
+
+@pytest.mark.parametrize("sizes", [None, [1, 1, 1]], ids=["equal", "sorted"])
+def test_gradients_of_a_bfloat16_token_are_summed_in_float32(sizes: list[int] | None):
+    """256 of one expert and 1 of two others each: 256 + 1 is 256 in bfloat16."""
+    where = layout(jnp.array([[0, 1, 2]]), jnp.ones((1, 3), bool), 3)
+    moved = sent(where, jnp.array([[256.0, 1.0, 1.0]]), None)
+    # Experts that do nothing: a hidden state of the input's one number, and a gate of 1.
+    of_hidden = HiddenWeights(
+        jnp.tile(jnp.array([1, 0], jnp.bfloat16), (3, 1, 1)), jnp.tile(jnp.array([0, 1], jnp.bfloat16), (3, 1))
+    )
+    weights = Weights(of_hidden, OutputWeights(None, jnp.ones((3, 1, 1), jnp.bfloat16), None))
+
+    sizes_e = None if sizes is None else jnp.asarray(sizes)
+
+    @jax.jit
+    def total(x_td: jax.Array) -> jax.Array:
+        return by_group(GEGLU(identity), weights, x_td, sizes_e, sent=moved).sum()
+
+    x_bar_td = jax.grad(total)(jnp.ones((1, 1), jnp.bfloat16))
+    assert x_bar_td.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(x_bar_td.astype(jnp.float32), 258)
+
+
+def identity(x: jax.Array) -> jax.Array:
+    return x
