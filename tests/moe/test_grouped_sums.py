@@ -76,3 +76,12 @@ def test_gradients_of_a_bfloat16_token_are_summed_in_float32(sizes: list[int] | 
 
 def identity(x: jax.Array) -> jax.Array:
     return x
+
+
+def test_gradients_of_float64_are_summed_in_float64():
+    """Over two blocks."""
+    with jax.enable_x64(True):
+        weights = jax.tree.map(lambda weight: weight.astype(jnp.float64), narrow_weights(1))
+        _, pull = jax.vjp(lambda weights: by_group(LAYERS, weights, jnp.ones((400, 2), jnp.float64), None), weights)
+        b_out_bar = pull(jnp.full((400, 2), 1 / 3))[0].output.b_out
+        np.testing.assert_allclose(b_out_bar, 400 / 3, rtol=1e-12)
