@@ -85,3 +85,12 @@ def test_gradients_of_float64_are_summed_in_float64():
         _, pull = jax.vjp(lambda weights: by_group(LAYERS, weights, jnp.ones((400, 2), jnp.float64), None), weights)
         b_out_bar = pull(jnp.full((400, 2), 1 / 3))[0].output.b_out
         np.testing.assert_allclose(b_out_bar, 400 / 3, rtol=1e-12)
+
+
+@pytest.mark.parametrize("sizes_e", [None, np.array([1, 2], np.int32)], ids=["equal", "sorted"])
+def test_float32_weights_give_bfloat16_rows_for_bfloat16_rows(sizes_e: np.ndarray | None):
+    weights = jax.tree.map(lambda weight: weight.astype(jnp.float32), narrow_weights(2))
+    assert (
+        jax.jit(by_group, static_argnums=0)(LAYERS, weights, jnp.ones((4, 2), jnp.bfloat16), sizes_e).dtype
+        == jnp.bfloat16
+    )
