@@ -13,7 +13,7 @@ from flax import nnx
 
 from moe_jax import Experts, Routing, mixture, token_groups
 from moe_jax.dispatch import DISPATCHES, Dispatch, ExpertFunctions, dispatch_weight, sorted_rows
-from moe_jax.layout import collect, layout, spread
+from moe_jax.layout import collect, layout, sent, spread
 from tests.moe.support import assert_trees_close, assign_slots, choice, hidden_states
 
 TOKENS, EXPERTS, DIM = 24, 4, 6
@@ -217,3 +217,12 @@ def test_spreading_and_collecting_are_each_others_transpose():
     np.testing.assert_array_equal(collect(where, y_sd), jnp.stack([y_sd[3] + y_sd[0], y_sd[4], y_sd[1]]))
     np.testing.assert_array_equal(jax.vjp(partial(spread, where), x_td)[1](y_sd)[0], collect(where, y_sd))
     np.testing.assert_array_equal(jax.vjp(partial(collect, where), y_sd)[1](x_td)[0], spread(where, x_td))
+
+
+def test_factors_of_empty_rows_are_zero_and_a_gradient_of_nan_there_reaches_nothing():
+    """With the last assignment of all kept."""
+    where = layout(jnp.asarray([[3, 0], [1, 4]]), jnp.ones((2, 2), bool), 6)
+    gate_s, pull = jax.vjp(lambda gate_ta: sent(where, gate_ta, None).gate_s, jnp.asarray([[1.0, 2.0], [3.0, 4.0]]))
+    np.testing.assert_array_equal(gate_s, [2, 3, 0, 1, 4, 0])
+    (gradient_ta,) = pull(jnp.asarray([20, 30, jnp.nan, 10, 40, jnp.nan]))
+    np.testing.assert_array_equal(gradient_ta, [[10, 20], [30, 40]])
