@@ -226,3 +226,10 @@ def test_factors_of_empty_rows_are_zero_and_a_gradient_of_nan_there_reaches_noth
     np.testing.assert_array_equal(gate_s, [2, 3, 0, 1, 4, 0])
     (gradient_ta,) = pull(jnp.asarray([20, 30, jnp.nan, 10, 40, jnp.nan]))
     np.testing.assert_array_equal(gradient_ta, [[10, 20], [30, 40]])
+
+
+def test_gradients_of_bfloat16_rows_and_tokens_are_bfloat16():
+    where = layout(jnp.asarray([[0, 1]]), jnp.ones((1, 2), bool), 2)
+    for move, rows in ((spread, 1), (collect, 2)):
+        moved, pull = jax.vjp(partial(move, where), jnp.ones((rows, 3), jnp.bfloat16))
+        assert pull(moved)[0].dtype == jnp.bfloat16
