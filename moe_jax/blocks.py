@@ -1,6 +1,7 @@
 """Groups of rows cut into blocks, for loops over them on a CPU (see `moe_jax.grouped`)."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -110,9 +111,9 @@ class Blocks:
 
 def blocks_of_groups(num_groups: int, num_rows: int) -> Blocks:
     """For groups of any size among S rows: lengths close enough for few rows to be computed in vain."""
-    step = -(-num_rows // (8 * num_groups * SHORTEST_STEP)) * SHORTEST_STEP
-    step = min(max(step, SHORTEST_STEP), LONGEST_STEP)
-    num_lengths = min(max(-(-5 * num_rows // (4 * num_groups * step)), FEWEST_LENGTHS), MOST_LENGTHS)
+    mean = num_rows / num_groups
+    step = min(math.ceil(mean / 8 / SHORTEST_STEP) * SHORTEST_STEP, LONGEST_STEP)
+    num_lengths = min(max(math.ceil(1.25 * mean / step), FEWEST_LENGTHS), MOST_LENGTHS)
     return Blocks(num_rows, tuple(sorted({min(step * i, num_rows) for i in range(1, num_lengths + 1)})))
 
 

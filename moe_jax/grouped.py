@@ -159,23 +159,21 @@ def _backward(layers: TwoLayers, recompute: bool, saved: Saved, outputs_bar: jax
 _by_group.defvjp(_forward, _backward)
 
 
+# A function of its own to JAX, so that of layers that are alike only the first is traced.
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def _where_it_runs(
     in_blocks: Callable[..., Any], at_once: Callable[..., Any], static: tuple[Any, ...], operands: Operands, *rest: Any
 ) -> Any:
     """One of two functions of the same arguments, on a CPU the first unless groups are short."""
-    compute = partial(_compute, in_blocks, at_once, static)
+    if short_on_cpu(operands):
+        return at_once(*static, operands, *rest)
+
+    def compute(*arrays: Any) -> Any:
+        return jax.lax.platform_dependent(*arrays, cpu=partial(in_blocks, *static), default=partial(at_once, *static))
+
     # Under `jax.vmap`, groups of any size go one batch entry after the other: `ragged_dot` takes no other, and of loops
     # of different lengths every step would copy what all of them carry.
     return (compute if operands.sizes_e is None else sequential_vmap(compute))(operands, *rest)
-
-
-# Of layers that are alike only the first is traced.
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _compute(in_blocks: Callable[..., Any], at_once: Callable[..., Any], static: tuple[Any, ...], *arrays: Any) -> Any:
-    operands = arrays[0]
-    if short_on_cpu(operands):
-        return at_once(*static, *arrays)
-    return jax.lax.platform_dependent(*arrays, cpu=partial(in_blocks, *static), default=partial(at_once, *static))
 
 
 def short_on_cpu(operands: Operands) -> bool:

@@ -58,8 +58,8 @@ def round_noise(
     """
 
     def one_row(row_id: jax.Array, round_start: jax.Array) -> jax.Array:
-        row_key = jax.random.fold_in(_row_key(key, purpose, row_id), round_start)
-        return sampler(row_key, (math.prod(shape),), jnp.float32).reshape(shape)
+        round_key = jax.random.fold_in(_row_key(key, purpose, row_id), round_start)
+        return sampler(round_key, (math.prod(shape),), jnp.float32).reshape(shape)
 
     return jax.vmap(one_row)(row_ids_b, round_start_b)
 
