@@ -107,11 +107,18 @@ def test_what_is_not_installed_is_said_first(tmp_path: pathlib.Path, monkeypatch
 
 
 def test_layers_that_differ_are_not_compared():
-    x = jnp.ones((2, 3))
-    assert benchmark_moe._difference(x, np.full((2, 3), 1 + 1e-5)) == pytest.approx(1e-5, rel=0.01)
-    for other in (1.01, np.nan):
+    ours = jnp.ones((2, 1000, 3))
+    theirs = np.full(ours.shape, 1 + 1e-5)
+    alike = {"largest_difference": pytest.approx(1e-5, rel=0.01)}
+    assert benchmark_moe._agreement(ours, theirs) == alike | {"tokens_routed_apart": 0}
+    # Of two tokens in two thousand it can be that their scores were equal but for rounding. Not of three.
+    theirs[0, 10, 1] = theirs[1, 20] = 1.01
+    assert benchmark_moe._agreement(ours, theirs) == alike | {"tokens_routed_apart": 2}
+    for token, other in (((1, 999), 1.01), ((1, 20), np.nan)):
+        wrong = theirs.copy()
+        wrong[token] = other
         with pytest.raises(RuntimeError, match="outputs must agree for their times to be compared"):
-            benchmark_moe._difference(x, np.full((2, 3), other))
+            benchmark_moe._agreement(ours, wrong)
 
 
 def test_a_layer_with_the_weights_of_mixtral():
