@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test clean
+.PHONY: setup demo test quick clean
 
 setup: $(STAMP)
 
@@ -23,11 +23,12 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(RUN) -m experiments.train_draft cpu --output runs/demo --overwrite
 
-test: setup
+quick: SELECTION := -m "not slow"
+test quick: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/basedpyright
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile $(SELECTION)
 
 clean:
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis build dist

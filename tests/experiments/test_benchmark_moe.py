@@ -28,6 +28,7 @@ def tiny(folder: pathlib.Path, *sections: benchmark_moe.Section) -> benchmark_mo
     )
 
 
+@pytest.mark.slow
 def test_sections_are_measured_and_added_to_the_file(tmp_path: pathlib.Path):
     benchmark_moe.main(tiny(tmp_path, "dense", "sequence"))
     report = benchmark_moe.main(tiny(tmp_path, "experts"))
@@ -153,6 +154,7 @@ def touches(megabytes: int) -> Callable[[int], np.integer]:
     return lambda repeat: np.ones(megabytes * 2**20, np.uint8).sum()
 
 
+@pytest.mark.slow
 def test_peak_memory_is_what_the_call_touches():
     """Memory that is freed before the call returns counts too; a call that needs none adds next to none.
 

@@ -186,6 +186,7 @@ def upcycled_config(dense, folder, **changes):
     )
 
 
+@pytest.mark.slow
 def test_upcycling_starts_where_the_dense_run_ended(tmp_path):
     dense = dense_run(tmp_path)
     hidden = 23  # 1.25 * 16 + 8 / 3

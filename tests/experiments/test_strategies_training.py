@@ -54,6 +54,7 @@ KINDS: dict[str, tuple[Any, Any]] = {
 OWN = DistillationConfig(weight=1.0, own_samples=True, prompt_length=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_trains_generates_and_distils(kind: str, tmp_path):
     """All losses fall; what it generates greedily is the target's own text; distillation is reported."""
