@@ -155,6 +155,13 @@ def against_original(config: Config) -> Iterable[Row]:
         x = moe_programs.hidden_states(shape, config.dim)
         for mode, backward in MODES.items():
             out = moe_programs.routed(moe, x, train=backward)
+            kept = {
+                OURS: _kept(out.metrics, x),
+                "st-moe-pytorch": moe_reference.assignments_kept(original, np.asarray(x), train=backward),
+            }
+            agreement = _agreement(out.outputs, moe_reference.outputs(original, np.asarray(x), train=backward))
+            if abs(kept[OURS] - kept["st-moe-pytorch"]) > agreement["tokens_routed_apart"]:
+                raise RuntimeError(f"as many assignments must be kept for times to be compared, got {kept}")
             calls = {
                 OURS: moe_programs.timed_call(moe, x, backward=backward),
                 "st-moe-pytorch": moe_reference.timed_call(original, np.asarray(x), backward=backward),
@@ -163,11 +170,8 @@ def against_original(config: Config) -> Iterable[Row]:
             row = {
                 **_timed(calls, config.repeats, shape=shape, mode=mode),
                 "assignments": 2 * shape[0] * shape[1],
-                "kept": {
-                    OURS: _kept(out.metrics, x),
-                    "st-moe-pytorch": moe_reference.assignments_kept(original, np.asarray(x), train=backward),
-                },
-                **_agreement(out.outputs, moe_reference.outputs(original, np.asarray(x), train=backward)),
+                "kept": kept,
+                **agreement,
             }
             if config.memory:
                 resident = sum(leaf.nbytes for leaf in jax.tree.leaves((moe, x)))

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from experiments.checks import at_least
 from moe_jax import FeedForward, MoE, MoEConfig, MoEOutput, RMSNorm, SparseMoEBlock, TopN, param_shardings
-from moe_jax.checks import renamed
+from moe_jax.checks import positive, renamed
 from spec_jax import Decoder, DecoderConfig
 from spec_jax.layers import FeedForward as DecoderFeedForward
 from spec_jax.layers import rotary_angles
@@ -73,6 +73,7 @@ class ExpertsConfig:
         if self.kind not in get_args(Kind):
             raise ValueError(f"experts.kind must be one of {', '.join(get_args(Kind))}, got {self.kind!r}")
         try:
+            positive("capacity_factor", self.capacity_factor)
             self.layer(dim=2)
         except ValueError as error:
             raise renamed(error, OUR_NAMES, prefix="experts.") from error

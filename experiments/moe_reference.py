@@ -111,7 +111,7 @@ def use_all_cores() -> None:
     """As many threads as XLA has."""
     import torch
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def versions() -> dict[str, str]:

@@ -51,6 +51,11 @@ def upcycled(dense: Decoder, experts: ExpertsConfig, *, rngs: nnx.Rngs) -> Decod
         block.attention = source.attention
         if isinstance(block.feed_forward, SparseFeedForward):
             _copy(block.feed_forward, source.feed_forward, layer)
+        elif isinstance(source.feed_forward, DenseFeedForward):
+            raise ValueError(
+                "experts.every must be that of the dense run, which has a feed-forward to upcycle in layer "
+                f"{layer} too, got {experts.every}"
+            )
         else:
             block.feed_forward = source.feed_forward
     return decoder

@@ -25,13 +25,13 @@ def whole(name: str, value: Any, least: int) -> None:
 def number(name: str, value: Any, least: float) -> None:
     """Raises ValueError when `value` is no finite number, or a smaller one."""
     if not _finite(value) or value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+        raise ValueError(f"{name} must be finite and at least {least}, got {value!r}")
 
 
 def positive(name: str, value: Any, *, otherwise: str = "") -> None:
     """Raises ValueError when `value` is no finite number above 0. `otherwise` says what else it might have been."""
     if not _finite(value) or not value > 0:
-        raise ValueError(f"{name} must be positive{otherwise}, got {value!r}")
+        raise ValueError(f"{name} must be finite and positive{otherwise}, got {value!r}")
 
 
 def flag(name: str, value: Any) -> None:

@@ -124,7 +124,7 @@ class MoEConfig:
             if factor is None and self.router.needs_capacity:
                 raise ValueError(f"{name} must be a number for {type(self.router).__name__}, got None")
             if factor is not None:
-                positive(name, factor, otherwise=" or None")
+                positive(name, factor, otherwise=", or None")
         self.router.check(self.num_experts)
 
     @property

@@ -8,6 +8,7 @@ its cost is that of the assignments kept, however they are spread.
 from the tokens and sum what they make of them over each token (`moe_jax.grouped`); to others, rows travel in a buffer.
 """
 
+import dataclasses
 from typing import Literal, Protocol, get_args
 
 import jax
@@ -75,7 +76,7 @@ def mixture(
         gate without changing its value. Static.
 
     Returns:
-      (T, D) in the gates' dtype: at least float32.
+      (T, D) in the dtype of `x_td`, at least float32.
 
     Raises:
       ValueError: `dispatch` is unknown, or the routing is of other tokens or experts.
@@ -83,9 +84,11 @@ def mixture(
     one_of("dispatch", dispatch, DISPATCHES)
     if len(x_td) != len(routing.keep_ta):
         raise ValueError(f"x_td must have the {len(routing.keep_ta)} tokens of the routing, got {len(x_td)}")
+    dtype = jnp.promote_types(x_td.dtype, jnp.float32)
+    routing = dataclasses.replace(routing, gate_ta=routing.gate_ta.astype(dtype))
     if routing.capacity == 0:
         # No expert is asked.
-        return jnp.zeros_like(x_td, routing.gate_ta.dtype)
+        return jnp.zeros_like(x_td, dtype)
     weight_ta = dispatch_weight(routing.gate_ta) if straight_through else None
     if dispatch == "dense":
         return _dense(x_td, routing, experts, weight_ta)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jax.sharding import Mesh
 
-from moe_jax.checks import flag, floating, instance
+from moe_jax.checks import flag, floating, instance, whole
 from moe_jax.config import MoEConfig
 from moe_jax.dispatch import ExpertFunctions, mixture
 from moe_jax.experts import Experts, FeedForward, initial_weights
@@ -188,11 +188,14 @@ class RMSNorm(nnx.Module):
     """Hidden states over their root mean square, times a learned scale `scale_d` (D,). At least float32 inside."""
 
     def __init__(self, dim: int, *, param_dtype: jnp.dtype | type = jnp.float32) -> None:
+        whole("dim", dim, 1)
         self.scale_d = nnx.Param(jnp.ones(dim, param_dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(..., D) to (..., D)."""
         floating("x", x.dtype)
+        if x.shape[-1:] != self.scale_d.shape:
+            raise ValueError(f"x must be (..., {len(self.scale_d)}), got {x.shape}")
         wide = at_least_float32(x)
         normal = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + 1e-12)
         scale = self.scale_d[...].reshape((1,) * (x.ndim - 1) + (-1,))

@@ -7,8 +7,9 @@ out slots, ship the rows to their experts and back (`moe_jax.exchange`), sum. Th
 - randomness, groups of tokens and the mask are made for all tokens before they are split (a router of your own must
   choose for each token alone);
 - who gets a slot is decided over each whole group of tokens: where groups are cut by devices, every device gathers
-  what all tokens ask for (integers, no hidden states) and decides for all, and the buffers that travel are as large
-  as the worst case needs (whole sequences on each device, or no capacity, avoid both);
+  what all tokens ask for (integers, and priorities where they decide; no hidden states) and decides for all, and the
+  buffers that travel are as large as the worst case needs (whole sequences on each device, or no capacity, avoid
+  both);
 - counts and probabilities are summed over all devices before anything is multiplied.
 
 Within a `jax.shard_map` over another axis of the same mesh it computes, but JAX cannot take the gradient.

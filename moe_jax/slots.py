@@ -60,7 +60,7 @@ def token_groups(mask_t: jax.Array, sequence_length: int, group_size: int | str)
         group_t = jnp.arange(tokens, dtype=jnp.int32) // sequence_length
         groups, size = tokens // sequence_length, sequence_length
     else:
-        size = min(int(group_size), tokens)
+        size = max(min(int(group_size), tokens), 1)
         groups = -(-tokens // size)
         before_t = jnp.cumsum(mask_t.astype(jnp.int32)) - mask_t
         group_t = jnp.minimum(before_t // size, groups - 1)
@@ -91,7 +91,7 @@ def capacity(tokens: int, num_experts: int, factor: float | None, min_capacity: 
     whole("num_experts", num_experts, 1)
     whole("min_capacity", min_capacity, 0)
     if factor is not None:
-        positive("factor", factor, otherwise=" or None")
+        positive("factor", factor, otherwise=", or None")
     return int(_capacity_table(np.asarray(tokens), num_experts, factor, min_capacity))
 
 
@@ -139,7 +139,7 @@ def assign_slots(
     if num_experts != choice.probs_te.shape[1]:
         raise ValueError(f"num_experts must be the choice's {choice.probs_te.shape[1]}, got {num_experts}")
     if capacity_factor is not None:
-        positive("capacity_factor", capacity_factor, otherwise=" or None")
+        positive("capacity_factor", capacity_factor, otherwise=", or None")
     whole("min_capacity", min_capacity, 0)
     sizes = num_experts, groups.num_groups, choice.expert_index_ta.shape[1]
     if math.prod(sizes) >= 2**31:

@@ -223,7 +223,11 @@ def test_dense_feed_forwards_norm_their_input():
         (lambda: ExpertsConfig(kind="thin"), "experts.kind must be one of sparse, equal_flops, equal_parameters, got"),  # pyright: ignore[reportArgumentType]
         (lambda: ExpertsConfig(top_n=9), r"experts.top_n must be at most num_experts \(8\), got 9"),
         (lambda: ExpertsConfig(threshold=0.0), r"experts.threshold must be in \(0, 1\], got 0.0"),
-        (lambda: ExpertsConfig(capacity_factor=-1.0), "experts.capacity_factor must be positive or None, got"),
+        (lambda: ExpertsConfig(capacity_factor=-1.0), "experts.capacity_factor must be finite and positive, got"),
+        (
+            lambda: ExpertsConfig(capacity_factor=None),  # pyright: ignore[reportArgumentType]
+            "experts.capacity_factor must be finite and positive, got None",
+        ),
         (lambda: ExpertsConfig(num_experts=0), "experts.num_experts must be at least 1, got 0"),
         (lambda: make_decoder(CONFIG, ExpertsConfig(every=4), rngs=nnx.Rngs(0)), "experts.every must be at most"),
     ],

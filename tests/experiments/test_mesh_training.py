@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AxisType
 from rich.console import Console
 
@@ -19,12 +20,13 @@ from experiments import train_moe
 from experiments.checkpoints import open_run
 from experiments.config import as_json
 from experiments.data import batch_at, load_text
-from experiments.expert_decoder import ExpertsConfig
+from experiments.expert_decoder import ExpertsConfig, make_decoder
 from experiments.launch import LaunchConfig, environments
 from experiments.metrics import read_metrics
 from experiments.session import first_state, run, state_template
 from experiments.train_state import device_mesh, local_copy, make_train_step, shard_rows
 from experiments.training import restored_state
+from experiments.upcycling import upcycled
 from spec_jax import DecoderConfig
 from tests.experiments.runs import leaves, tiny_text
 
@@ -184,6 +186,20 @@ def upcycled_config(dense, folder, **changes):
     return dataclasses.replace(
         dense, output=folder / "sparse", upcycle_from=dense.output, experts=experts, expert_parallel=2, **changes
     )
+
+
+@pytest.mark.parametrize(
+    ("every", "message"),
+    [
+        (1, "experts.every must be that of the dense run, .* in layer 0 too, got 2"),
+        (3, "layer 1 of the dense run must"),
+    ],
+)
+def test_dense_runs_with_feed_forwards_in_other_layers_are_not_upcycled(every: int, message: str):
+    config = dataclasses.replace(SMALL, depth=4)
+    dense = make_decoder(config, ExpertsConfig(every=every, kind="equal_flops", hidden=16), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=message):
+        upcycled(dense, ExpertsConfig(every=2, hidden=23, add_ff_after=False), rngs=nnx.Rngs(0))
 
 
 @pytest.mark.slow

@@ -77,6 +77,28 @@ def value_and_gradients(
     return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(layer, hidden_states(TOKENS, DIM), gate_ta)
 
 
+@pytest.mark.parametrize("dispatch", DISPATCHES)
+@pytest.mark.parametrize("capacity_factor", [1.0, None])
+def test_sums_are_of_the_tokens_precision(dispatch: Dispatch, capacity_factor: float | None):
+    """Whatever that of gates from a router of one's own."""
+    with jax.enable_x64(True):
+        x_td, gate_ta = hidden_states(TOKENS, DIM).astype(jnp.float64), uniform(6)
+        single, double = (
+            mixture(
+                x, routing_of(gate, capacity_factor=capacity_factor), experts(param_dtype=x.dtype), dispatch=dispatch
+            )
+            for x, gate in ((x_td.astype(jnp.float32), gate_ta.astype(jnp.float64)), (x_td, gate_ta))
+        )
+        assert (single.dtype, double.dtype) == (jnp.float32, jnp.float64)
+        wanted = mixture(
+            x_td,
+            routing_of(gate_ta.astype(jnp.float64), capacity_factor=capacity_factor),
+            experts(param_dtype=jnp.float64),
+            dispatch="dense",
+        )
+        np.testing.assert_allclose(double, wanted, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize(("capacity_factor", "straight_through"), [(1.0, False), (1.0, True), (None, True)])
 @pytest.mark.parametrize("dispatch", ["index", "ragged"])
 @pytest.mark.parametrize("through", [lambda experts: experts, ThroughABuffer], ids=["tokens", "buffer"])
