@@ -184,8 +184,9 @@ def test_bad_input(target: Any, drafter: Drafter, message: str):
             decode(target, drafter, [[1, 2]], max_new_tokens=4, key=jax.random.key(0))
 
 
-def test_layer_skip_drafts_with_the_thinned_model():
-    """Only the last attention is left out, so that all that is read in the cache is as one thinned forward has it."""
+@pytest.mark.parametrize(("attention", "feed_forward"), [((1,), ()), ((), (1,)), ((1,), (1,))])
+def test_layer_skip_drafts_with_the_thinned_model(attention: tuple[int, ...], feed_forward: tuple[int, ...]):
+    """Only the last layer is thinned, so that all that is read in the cache is as one thinned forward has it."""
     target, length_b = transformer(0), jnp.array([1, 4, 8])
     sequence = Sequence(TOKENS, length_b)
 
@@ -194,8 +195,9 @@ def test_layer_skip_drafts_with_the_thinned_model():
 
     cache = target(TOKENS, target.init_cache(3, 16)).cache
     assert cache is not None
-    proposal = LayerSkip((1,), (), gamma=3).propose(target, sequence, cache.with_length(length_b - 1), (), choose)
-    thinned_btv = target.without(TOKENS, None, attention=(1,))[0]
+    drafter = LayerSkip(attention, feed_forward, gamma=3)
+    proposal = drafter.propose(target, sequence, cache.with_length(length_b - 1), (), choose)
+    thinned_btv = target.without(TOKENS, None, attention=attention, feed_forward=feed_forward)[0]
     index_bj1 = (length_b[:, None] - 1 + jnp.arange(3)[None, :])[:, :, None]
     np.testing.assert_allclose(
         proposal.draft.log_probs_bjv, jnp.take_along_axis(thinned_btv, index_bj1, axis=1), atol=2e-5
