@@ -143,3 +143,6 @@ def test_bad_input():
         ModelWithProphet(None, transformer(0), rngs=nnx.Rngs(0))  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="prophet must be a Decoder or a ProphetModel, got NoneType"):
         ModelWithProphet(transformer(0), None, rngs=nnx.Rngs(0))  # pyright: ignore[reportArgumentType]
+    pair = random_pair(CONFIG, num_leading_start_tokens=3)
+    with pytest.raises(ValueError, match="prophet_train_length must be above num_leading_start_tokens = 3, got 3"):
+        ModelWithProphet(pair.target, pair.prophet, prophet_train_length=3)
