@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
 
-from spec_jax import DecodeResult, Sampling, SmallModel, base_decoding, loop, speculative_decoding
+from spec_jax import DecodeResult, Sampling, SmallModel, base_decoding, decoding, loop, speculative_decoding
+from spec_jax.drafters.base import Drafter, Proposal, token_by_token
 from tests.spec.toys import Toy, avoiding_toy, deterministic_toy, random_toy
 from tests.spec.transformers import ragged_prompts
 
@@ -186,6 +188,36 @@ def test_identical_draft_is_accepted(rule: str):
         assert int(result.stats.refused_b.sum()) == 0
         assert result.rounds.tolist() == [3] * 64
         assert result.accepted.tolist() == result.drafted.tolist() == [3 + 3 + 2] * 64
+
+
+def test_the_drafter_is_told_how_many_tokens_were_added():
+    """In rows that go on, that end and that have ended. Were it told less, only drafts would suffer, never the law."""
+
+    @struct.dataclass
+    class Counting(Drafter):
+        gamma: int = struct.field(pytree_node=False, default=3)
+
+        def start(self, target, sequence, prefill, size):
+            return sequence.length_b
+
+        def propose(self, target, sequence, target_cache, state, choose):
+            flat_bv = jnp.zeros((8, 4))
+            draft, _ = token_by_token(flat_bv, (), lambda *_: (flat_bv, ()), choose, self.gamma)
+            return Proposal(draft, target_cache, state)
+
+        def update(self, state, scored, emitted_b):
+            return state + emitted_b
+
+    prepared = decoding._prepare(
+        TARGET, Counting(), *ragged_prompts(3, 8, 6, 4), 10, KEY, Sampling(), 2, 0, "rejection", 1.0, None, None
+    )
+    drafter, prompt_bp, length_b, request, size = prepared
+    state, counts = decoding.compiled_start(TARGET, drafter, prompt_bp, length_b, request, size=size), set()
+    for _ in range(4):
+        state, emission = decoding.compiled_round(TARGET, drafter, state, request)
+        counts |= set(emission.count_b.tolist())
+        np.testing.assert_array_equal(state.drafter_state, state.sequence.length_b)
+    assert counts == {0, 1, 2, 3, 4}
 
 
 def test_an_identical_draft_is_accepted_beyond_the_width_of_the_prompts():
