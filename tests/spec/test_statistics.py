@@ -56,6 +56,7 @@ def test_hand_worked(rule: str):
     [
         (0, DRAFT, 2, 2, [1, 1, 0], [1, 1, 0], 0),  # [1 2]: ends inside the draft, the third is behind the end
         (0, DRAFT, 0, 3, [1, 1, 1], [1, 1, 0], 1),  # [1 2 | 0]: the correction is the end
+        (1, DRAFT, 0, 2, [1, 1, 0], [1, 0, 0], 1),  # [2 | 0]: the same, the third is behind the end
         (0, TARGET, 1, 1, [1, 0, 0], [1, 0, 0], 0),  # [1]
         (0, TARGET, 0, 3, [1, 1, 1], [1, 1, 1], 0),  # [1 2 0]: the last drafted token is the end
         (3, TARGET, 3, 1, [1, 0, 0], [1, 0, 0], 0),
