@@ -169,6 +169,14 @@ def test_end_token_in_the_last_place_and_never(rule: str):
 
 
 @pytest.mark.parametrize("rule", RULES)
+def test_an_end_token_drafted_beyond_the_last_place_adds_nothing(rule: str):
+    """1 2 3 is drafted and right, two tokens are wanted, and 3 is the end."""
+    result = decode(rule, CYCLE, CYCLE, [[0]], new=2, eos_id=3)
+    assert result.tokens.tolist() == [[1, 2]]
+    assert result.lengths.tolist() == result.drafted.tolist() == result.accepted.tolist() == [2]
+
+
+@pytest.mark.parametrize("rule", RULES)
 def test_draft_that_never_proposes_the_only_possible_token(rule: str):
     """Each round refuses its first token and the residual is the target's only token."""
     draft = avoiding_toy([1, 2, 3, 0])
