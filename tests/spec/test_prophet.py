@@ -133,6 +133,11 @@ def test_bad_configuration(options: dict[str, Any], message: str):
         random_pair(CONFIG, **options)
 
 
+def test_a_sequence_as_long_as_a_window_is_one():
+    pair = random_pair(CONFIG, prophet_train_length=6)
+    assert pair(jnp.asarray(TOKENS[:, :6])).prophet_logits.shape == (3, 1, 5, CONFIG.vocab_size)
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match="tokens must be at least prophet_train_length = 6 a row, got 5"):
         random_pair(CONFIG)(jnp.zeros((1, 5), jnp.int32))
