@@ -133,6 +133,12 @@ def test_bad_configuration(options: dict[str, Any], message: str):
         random_pair(CONFIG, **options)
 
 
+def test_a_prophet_as_wide_as_the_target_starts_from_the_states_as_they_are():
+    pair = ModelWithProphet(transformer(0), transformer(1), rngs=nnx.Rngs(0))
+    states_bnd = jnp.asarray(np.random.default_rng(0).normal(size=(3, 1, CONFIG.dim)), jnp.float32)
+    np.testing.assert_array_equal(pair.prophet.embed(states_bnd, jnp.asarray(TOKENS))[:, :1], states_bnd)
+
+
 def test_a_sequence_as_long_as_a_window_is_one():
     pair = random_pair(CONFIG, prophet_train_length=6)
     assert pair(jnp.asarray(TOKENS[:, :6])).prophet_logits.shape == (3, 1, 5, CONFIG.vocab_size)
