@@ -249,6 +249,26 @@ def test_a_study_deletes_only_what_it_began(tmp_path, monkeypatch: pytest.Monkey
     assert steps_kept(config) == [4]
 
 
+def test_a_study_goes_on_with_its_own_run_and_not_past_its_end(finished, monkeypatch: pytest.MonkeyPatch):
+    config = tiny_config(finished, steps=4)
+    started = []
+    monkeypatch.setattr(session, "run", lambda config, *_, **__: started.append(config) or 0)
+
+    def start(**changes: Any) -> int:
+        changed = dataclasses.replace(config, **changes)
+        return finish(changed, train_draft.task(changed), Console(quiet=True))
+
+    assert start() == 0
+    with pytest.raises(ValueError, match=r"output must hold this run or none, got .* with seed: expected 0, got 1"):
+        start(seed=1)
+    assert not started
+    found = session.newest(config.output)
+    assert found is not None
+    monkeypatch.setattr(session, "newest", lambda _: (2, found[1]))
+    assert start() == 0
+    assert started == [dataclasses.replace(config, resume=True)]
+
+
 def test_wandb_that_is_not_installed(finished, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     config = tiny_config(finished, wandb="project", overwrite=True)
