@@ -116,6 +116,12 @@ def test_each_repeat_has_its_own_prompts_and_key(monkeypatch: pytest.MonkeyPatch
     assert len({tuple(key) for _, key in seen[2:]}) == 3
 
 
+def test_nothing_drafted_has_no_acceptance():
+    result = decoded(rounds_b=[8, 8], refused_b=[0, 0], drafted_bj=[[0, 0]] * 2, accepted_bj=[[0, 0]] * 2)
+    found = measure._measurement("a", SmallModel(None, gamma=2), [1.0], [1.0], [result], (0.0, 1.0))
+    assert (found.acceptance_rate, found.acceptance_by_position) == (None, [])
+
+
 def test_formula_where_rows_draft_now_and_then():
     """Half of the rounds: (3 + 1) / 2 tokens; of two rows one or both draft in 3 of 4 rounds, which cost 1.5."""
     got = leviathan_speedup(1.0, 2, draft_cost=0.0, scoring_cost=1.5, drafting_rate=0.5, batch=2)
