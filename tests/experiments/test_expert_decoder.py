@@ -143,6 +143,9 @@ def test_forward_in_training():
     assert all(value.shape == () for value in reports.values())
     assert sum(float(reports[f"load/layer1/expert{e:02}"]) for e in range(4)) == pytest.approx(1)
     assert float(reports["dropped/layer1/rank1"]) > 0
+    for name in ("wanted", "dropped"):
+        ranks = [float(reports[f"{name}/layer1/rank{rank}"]) for rank in (1, 2)]
+        np.testing.assert_array_equal(ranks, getattr(outputs[1].metrics, f"{name}_a"))
     aux = float(reports["aux/balance"] + reports["aux/router_z"])
     assert aux == pytest.approx(float(outputs[1].total_aux_loss))
     assert not any(name.endswith("loss") for name in reports)
