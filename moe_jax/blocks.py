@@ -1,4 +1,4 @@
-"""Groups of rows cut into blocks, for loops over them on a CPU (see `moe_jax.grouped`)."""
+"""Groups of rows cut into blocks, for loops over them on a CPU (see `moe_jax.block_loops`)."""
 
 import dataclasses
 import math

@@ -49,7 +49,7 @@ class MoEConfig:
       init: initial weights, "paper" or "original".
       recompute: whether the backward pass computes the routed experts' hidden states again. Of each row of an expert,
         2F numbers less are kept from the forward to the backward pass, for a product more. Where a CPU keeps them in
-        the place of a gradient (see `moe_jax.grouped`), that saves no memory.
+        the place of a gradient (see `moe_jax.block_loops`), that saves no memory.
       param_dtype: dtype of the weights.
       data_axis: name of the mesh axis that tokens are split over, where the layer is on a mesh that has it.
       expert_axis: name of the mesh axis that experts, and the tokens of each part of the data, are split over.

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.checks import floating, function, instance, one_of, whole
-from moe_jax.grouped import Weights, by_group
+from moe_jax.grouped import by_group
 from moe_jax.grouping import Grouping, OneGroup
+from moe_jax.halves import Weights
 from moe_jax.layout import Sent, scaled
 from moe_jax.routing import at_least_float32
 
@@ -46,7 +47,7 @@ class OutputWeights(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class GEGLU:
-    """The two halves of a feed-forward, of one expert or of several (see `moe_jax.grouped.TwoLayers`)."""
+    """The two halves of a feed-forward, of one expert or of several (see `moe_jax.halves.TwoLayers`)."""
 
     activation: Activation
 

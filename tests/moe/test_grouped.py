@@ -12,8 +12,9 @@ import pytest
 from moe_jax import grouped
 from moe_jax.blocks import Blocks, blocks_of_equal_groups, blocks_of_groups
 from moe_jax.experts import GEGLU, HiddenWeights, OutputWeights, gelu
-from moe_jax.grouped import Operands, Rows, Weights, by_group
+from moe_jax.grouped import by_group
 from moe_jax.grouping import OneGroup, SortedGroups
+from moe_jax.halves import Operands, Rows, Weights
 from moe_jax.layout import Sent, layout, sent
 from tests.moe.meshes import mesh_of
 from tests.moe.support import assert_trees_close, hidden_states

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from moe_jax.experts import GEGLU, HiddenWeights, OutputWeights, gelu
-from moe_jax.grouped import Weights, by_group
+from moe_jax.grouped import by_group
+from moe_jax.halves import Weights
 from moe_jax.layout import collect, layout, sent
 from tests.moe.support import hidden_states
 
