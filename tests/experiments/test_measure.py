@@ -99,18 +99,22 @@ def test_of_given_seconds_and_counts():
 
 
 def test_each_repeat_has_its_own_prompts_and_key(monkeypatch: pytest.MonkeyPatch):
-    """The same for plain decoding and for every drafter, whose times are compared within a repeat."""
-    seen = []
+    """The same for plain decoding and for every drafter, whose times are compared within a repeat; and the rule."""
+    seen, rules = [], []
 
-    def spy(target: Any, *drafter_and_prompt: Any, key: jax.Array, **_: Any) -> DecodeResult:
+    def spy(
+        target: Any, *drafter_and_prompt: Any, key: jax.Array, verification: str = "plain", **_: Any
+    ) -> DecodeResult:
         seen.append((drafter_and_prompt[-1].tolist(), jax.random.key_data(key).tolist()))
+        rules.append(verification)
         return decoded(rounds_b=[8, 8], refused_b=[0, 0], drafted_bj=[[8], [8]], accepted_bj=[[0], [0]])
 
     for name in ("base_decoding", "speculative_decoding"):
         monkeypatch.setattr(measure.spec_jax, name, spy)
     prompts, costs = [np.full((2, 3), repeat) for repeat in range(3)], {"plain": (0.0, 1.0), "a": (0.5, 1.0)}
     drafters = {"a": SmallModel(None, gamma=1)}
-    measure_decoding(None, drafters, prompts, max_new_tokens=8, sampling=Sampling(), costs=costs)
+    measure_decoding(None, drafters, prompts, max_new_tokens=8, sampling=Sampling(), verification="block", costs=costs)
+    assert rules == ["plain", "block"] * 4
     assert seen[2::2] == seen[3::2]
     assert [rows[0][0] for rows, _ in seen[2::2]] == [0, 1, 2]
     assert len({tuple(key) for _, key in seen[2:]}) == 3

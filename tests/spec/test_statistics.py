@@ -110,6 +110,7 @@ def test_a_finished_row_waits_without_being_counted(rule: str):
 
 
 PROMPTS, LENGTHS = ragged_prompts(6, 8, 6, 4)
+ROW_IDS = 5 * np.arange(len(PROMPTS)) + 3
 RANDOM: dict[str, Any] = {
     "prompt": PROMPTS,
     "max_new_tokens": 20,
@@ -126,7 +127,8 @@ DRAFTER = SmallModel(MODELS[1], gamma=3)
 @pytest.mark.parametrize("rule", RULES)
 def test_stream_is_the_same_decoding(rule: str, eos_id: int | None):
     """Its rounds put together are the one call's tokens, and its marks, counted by hand, the statistics."""
-    arguments = {**RANDOM, "eos_id": eos_id, "verification": rule}
+    arguments = {**RANDOM, "eos_id": eos_id, "verification": rule, "row_ids": ROW_IDS}
+    arguments["lenience"] = 0.5 if rule == "rejection" else 1.0
     for seed in range(4):
         whole = speculative_decoding(MODELS[0], DRAFTER, key=jax.random.key(seed), **arguments)
         rounds = list(stream(MODELS[0], DRAFTER, key=jax.random.key(seed), **arguments))
@@ -146,8 +148,9 @@ def test_stream_is_the_same_decoding(rule: str, eos_id: int | None):
 
 
 def test_stream_of_plain_decoding():
-    whole = base_decoding(MODELS[0], key=jax.random.key(1), **RANDOM)
-    rounds = list(stream(MODELS[0], None, key=jax.random.key(1), **RANDOM))
+    arguments = {**RANDOM, "row_ids": ROW_IDS}
+    whole = base_decoding(MODELS[0], key=jax.random.key(1), **arguments)
+    rounds = list(stream(MODELS[0], None, key=jax.random.key(1), **arguments))
     for row in range(len(PROMPTS)):
         tokens = [token for piece in rounds for token in piece.row(row)[0]]
         assert tokens == np.asarray(whole.tokens)[row, : whole.lengths[row]].tolist()
