@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -270,7 +271,7 @@ def test_a_study_goes_on_with_its_own_run_and_not_past_its_end(finished, monkeyp
 
 
 def test_wandb_that_is_not_installed(finished, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
     config = tiny_config(finished, wandb="project", overwrite=True)
     with pytest.raises(ValueError, match="wandb must be installed"):
         train(config)

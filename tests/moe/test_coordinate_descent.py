@@ -28,7 +28,7 @@ def test_relaxed_top_k_sums_to_its_size_and_sharpens():
 
 @pytest.mark.parametrize("train", [True, False])
 def test_coordinate_descent_keeps_confidence_and_thresholds(train: bool):
-    # The original normalises these gates to 1/2 each whatever the router says, so that no threshold ever acts.
+    # The original takes the relaxed choice for the gates, which leaves both near 1/2 (see test_parity).
     probs = [[0.9, 0.05, 0.03, 0.02], [0.4, 0.35, 0.15, 0.1]]
     relaxed = CoordinateDescent(policy_train="threshold").choose(inputs_of(probs), train=train)
     plain = TopN(policy_train="threshold").choose(inputs_of(probs), train=train)

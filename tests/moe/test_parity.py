@@ -190,6 +190,34 @@ def test_evaluation_is_deterministic_where_the_original_draws():
         np.testing.assert_array_equal(chosen.wanted_ta[:, 1], np.asarray(taken, bool))
 
 
+def test_coordinate_descent_keeps_the_routers_gates_where_the_originals_lean_to_one_half():
+    inputs, arrays = recorded_router("gate_coordinate_descent_eval")
+    chosen = CoordinateDescent(threshold_eval=0.3).choose(inputs, train=False)
+    original_te = arrays["combine"][0].sum(-1)
+    original_ta = np.take_along_axis(original_te, np.asarray(chosen.expert_index_ta), axis=1)
+    # The same experts.
+    np.testing.assert_array_equal(original_ta.sum(1), original_te.sum(1))
+    np.testing.assert_allclose(original_ta[[1, 4, 10]], [[0.664, 0.336], [0.5, 0.5], [0.642, 0.358]], atol=1e-3)
+    np.testing.assert_allclose(
+        chosen.gate_ta[jnp.array([1, 4, 10])], [[0.718, 0.282], [0.576, 0.424], [0.888, 0.112]], atol=1e-3
+    )
+    # Of the second gates that the original took none is below 0.3, which four of the router's here are.
+    assert original_ta[original_ta[:, 1] > 0, 1].min() > 0.3
+    np.testing.assert_array_equal(np.flatnonzero(~np.asarray(chosen.wanted_ta[:, 1])), [1, 3, 9, 10])
+
+
+def test_one_token_has_a_slot_at_each_expert_where_the_original_makes_four():
+    inputs, arrays = recorded_router("gate_one_token_eval")
+    chosen = TopN(threshold_eval=1e-6).choose(inputs, train=False)
+    groups = token_groups(inputs.mask_t, 1, "sequence")
+    routing = assign_slots(chosen, groups, num_experts=4, capacity_factor=2.0, min_capacity=4)
+    assert (arrays["combine"].shape[-1], routing.capacity) == (4, 1)
+    # What they give the token is the same.
+    gates_e = np.zeros(4)
+    gates_e[np.asarray(chosen.expert_index_ta[0])] = np.where(routing.keep_ta[0], routing.gate_ta[0], 0)
+    np.testing.assert_allclose(gates_e, arrays["combine"][0, 0].sum(-1), atol=TOLERANCE)
+
+
 def test_thresholds_in_the_state_dict_are_not_read():
     description, arrays = parity_case("moe_threshold_train")
     weights = with_prefix(arrays, "param/")
