@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 import time
 from collections.abc import Callable, Sequence
@@ -172,7 +173,7 @@ def generate(config: GenerateConfig, console: Console) -> int:
         console,
         run.target,
         drafter,
-        list(config.prompt.encode()),
+        list(os.fsencode(config.prompt)),
         max_new_tokens=config.max_new_tokens,
         key=jax.random.key(config.seed),
         sampling=config.sampling,

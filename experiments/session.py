@@ -171,7 +171,8 @@ def finish(config: RunConfig, task: Task, console: Console) -> int:
     wanted = _configuration(config, task, load_text(config.data))
     if found is None:
         # It begins anew if it ended before its first checkpoint. What else may be there is not to be deleted.
-        begun = read_configuration(config.output) == wanted
+        started = read_configuration(config.output)
+        begun = started is not None and not differences(started, wanted)
         return run(dataclasses.replace(config, overwrite=begun), task, console, go_on=SAME_COMMAND)
     step, configuration = found
     if different := differences(configuration, wanted):

@@ -238,7 +238,9 @@ class _Loop:
         if done % self.config.log_every:
             return False
         received = int(multihost_utils.process_allgather(np.array(self.to.stop.signal or 0)).max())
-        self.to.stop.signal = received or None
+        # One that came to this process while it waited for the others is for the next time it asks.
+        if received:
+            self.to.stop.signal = received
         return received > 0
 
 

@@ -165,6 +165,8 @@ def checked_size(cache_size: int | None, *, width: int, max_new_tokens: int, gam
     """
     if not is_integer(max_new_tokens) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be an integer >= 0, got {max_new_tokens!r}")
+    # An int8 of NumPy would not hold the sum.
+    gamma = int(gamma)
     if cache_size is None:
         size = bucket(width + bucket(int(max_new_tokens)) + gamma + 1)
     else:

@@ -47,7 +47,8 @@ def base_decoding(
       target: the model.
       prompt: (B, P) integer tokens, right-padded.
       max_new_tokens: tokens to emit a row, at most.
-      key: one random key. A row's tokens depend on it, on the row's own id and prompt, and on nothing else.
+      key: one random key. A row's tokens depend on it, on the row's own id and prompt, and but for rounding on nothing
+        else.
       prompt_length: (B,) tokens of each prompt; None is P for all.
       sampling: temperature and filters.
       eos_id: the token that ends a row, or None. It is part of the output.

@@ -241,7 +241,11 @@ def test_a_study_deletes_only_what_it_began(tmp_path, monkeypatch: pytest.Monkey
         patched.setattr(session, "_train", dies)
         with pytest.raises(KeyboardInterrupt):
             start()
-    (config.output / "report.json").write_text("of the first start")
+        (config.output / "report.json").write_text("of the first start")
+        with pytest.raises(KeyboardInterrupt):
+            start()
+        assert not (config.output / "report.json").exists()
+    (config.output / "report.json").write_text("of the second start")
     other = dataclasses.replace(config, seed=1)
     with pytest.raises(ValueError, match="output must be a folder without a run"):
         finish(other, train_draft.task(other), Console(quiet=True))
@@ -268,6 +272,20 @@ def test_a_study_goes_on_with_its_own_run_and_not_past_its_end(finished, monkeyp
     monkeypatch.setattr(session, "newest", lambda _: (2, found[1]))
     assert start() == 0
     assert started == [dataclasses.replace(config, resume=True)]
+
+
+def test_a_signal_that_comes_while_processes_agree_is_not_lost(monkeypatch: pytest.MonkeyPatch):
+    to = types.SimpleNamespace(stop=types.SimpleNamespace(signal=None))
+    loop: Any = types.SimpleNamespace(config=types.SimpleNamespace(log_every=1), to=to)
+
+    def gather(mine: np.ndarray) -> np.ndarray:
+        to.stop.signal = to.stop.signal or signal.SIGTERM
+        return np.array([mine, 0])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(training.multihost_utils, "process_allgather", gather)
+    assert [training._Loop.asked_to_stop(loop, step) for step in (1, 2)] == [False, True]
+    assert to.stop.signal == signal.SIGTERM
 
 
 def test_wandb_that_is_not_installed(finished, monkeypatch):

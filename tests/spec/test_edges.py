@@ -94,6 +94,11 @@ def test_small_integers_of_numpy_count_as_others_do():
     """As an int8, 100 rounded up to a multiple of 64 would be -128."""
     lengths: tuple[Any, ...] = (100, np.int8(100), np.uint8(100))
     results = [base_decoding(CYCLE, [[0]], max_new_tokens=length, key=KEY) for length in lengths]
+    gammas: tuple[Any, ...] = (np.int8(5), np.uint8(5))
+    results += [
+        speculative_decoding(CYCLE, SmallModel(CYCLE, gamma=gamma), [[0]], max_new_tokens=100, key=KEY)
+        for gamma in gammas
+    ]
     for result in results:
         np.testing.assert_array_equal(result.tokens, [[1, 2, 3, 0] * 25])
 
@@ -163,9 +168,8 @@ def test_end_token_in_the_last_place_and_never(rule: str):
         result = decode(rule, never, never, [[0]], eos_id=eos_id)
         assert result.tokens.tolist() == expected
         assert result.lengths.tolist() == [10]
-    last = deterministic_toy([1, 1, 3, 3])
-    result = decode(rule, last, last, [[0]], eos_id=2)
-    assert result.tokens.tolist() == [[1] * 10]
+    last = deterministic_toy([*range(1, 11), 0])
+    assert decode(rule, last, last, [[0]], eos_id=10).tokens.tolist() == [list(range(1, 11))]
 
 
 @pytest.mark.parametrize("rule", RULES)
