@@ -15,9 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
 
-from moe_jax.block_loops import forward_in_blocks, gradients_in_blocks
-from moe_jax.blocks import blocks_of_equal_groups
-from moe_jax.grouping import EqualGroups, Grouping, OneGroup, ShortGroups, SortedGroups
+from moe_jax.block_loops import forward_in_blocks, gradients_in_blocks, kept_for_gradients
+from moe_jax.grouping import EqualGroups, Grouping, ShortGroups, SortedGroups
 from moe_jax.halves import Operands, Rows, TwoLayers, Weights, both_halves, gradients_of_halves
 from moe_jax.layout import Sent, collect, spread
 
@@ -114,30 +113,6 @@ def short_on_cpu(operands: Operands) -> bool:
     """
     longest = min(SHORT_GROUP, operands.rows.x.shape[1] // 8)
     return jax.default_backend() == "cpu" and operands.sizes_e is None and operands.equal_size <= longest
-
-
-def kept_for_gradients(layers: TwoLayers, operands: Operands) -> jax.ShapeDtypeStruct:
-    """What hidden states are kept in: (S, F), or where a gradient will be, (E, D, F), the first S / E of every D.
-
-    The latter on a CPU, if groups are of one size, one block each, and need at least half the place: in a loop over
-    layers, gradients are kept elsewhere. The gradient is that of the first of the first half's weights. A program for
-    another device than the default one is right with either.
-    """
-    first = jax.tree.leaves(operands.weights.hidden)[0]
-
-    def of_first_group(weights: Any, x: jax.Array) -> jax.Array:
-        return layers.hidden(OneGroup(), jax.tree.map(lambda weight: weight[0], weights), x)
-
-    hidden_tf = jax.eval_shape(of_first_group, operands.weights.hidden, operands.rows.x)
-    size, width = operands.equal_size, hidden_tf.shape[1]
-    in_place = (
-        jax.default_backend() == "cpu"
-        and operands.sizes_e is None
-        and blocks_of_equal_groups(operands.num_groups, size).lengths == (size,)
-        and size <= first.shape[1] <= 2 * size
-        and (first.shape[2:], jnp.promote_types(first.dtype, jnp.float32)) == ((width,), hidden_tf.dtype)
-    )
-    return jax.ShapeDtypeStruct(first.shape if in_place else (operands.num_rows, width), hidden_tf.dtype)
 
 
 def _at_once(operands: Operands) -> tuple[Grouping, Rows]:

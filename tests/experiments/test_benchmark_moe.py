@@ -122,6 +122,12 @@ def test_layers_that_differ_are_not_compared():
             benchmark_moe._agreement(ours, wrong)
 
 
+def test_layers_that_keep_other_assignments_are_not_compared():
+    benchmark_moe._check_kept({"ours": 100, "theirs": 99}, apart=1)
+    with pytest.raises(RuntimeError, match=r"as many assignments must be kept .* got {'ours': 100, 'theirs': 98}"):
+        benchmark_moe._check_kept({"ours": 100, "theirs": 98}, apart=1)
+
+
 def test_a_layer_with_the_weights_of_mixtral():
     """Against its definition in NumPy: softmax, two experts, gates that sum to 1, SiLU of the first half of rows."""
     random = np.random.default_rng(0)

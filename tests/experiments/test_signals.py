@@ -3,10 +3,14 @@ import signal
 import subprocess
 import sys
 import time
+import types
+from typing import Any
 
+import jax
+import numpy as np
 import pytest
 
-from experiments import check_resume
+from experiments import check_resume, training
 from experiments.checkpoints import open_run
 from experiments.metrics import read_metrics
 from tests.experiments.runs import tiny_config
@@ -59,3 +63,17 @@ def test_a_second_interrupt_does_not_wait():
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 130
         assert time.monotonic() - began < 10
+
+
+def test_a_signal_that_comes_while_processes_agree_is_not_lost(monkeypatch: pytest.MonkeyPatch):
+    to = types.SimpleNamespace(stop=types.SimpleNamespace(signal=None))
+    loop: Any = types.SimpleNamespace(config=types.SimpleNamespace(log_every=1), to=to)
+
+    def gather(mine: np.ndarray) -> np.ndarray:
+        to.stop.signal = to.stop.signal or signal.SIGTERM
+        return np.array([mine, 0])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(training.multihost_utils, "process_allgather", gather)
+    assert [training._Loop.asked_to_stop(loop, step) for step in (1, 2)] == [False, True]
+    assert to.stop.signal == signal.SIGTERM

@@ -1,29 +1,22 @@
-import collections
-import contextlib
 import dataclasses
 import json
 import os
-import re
 import shutil
 import signal
 import sys
-import types
-from collections.abc import Iterator
 from typing import Any
 
 import chex
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments import metrics, session, train_draft, training
+from experiments import session, train_draft, training
 from experiments.checkpoints import open_run
-from experiments.data import batch_at, load_text, validation_batches
+from experiments.data import batch_at
 from experiments.decoding_run import prompt
-from experiments.generate import load_run
-from experiments.metrics import Metrics, read_metrics
+from experiments.metrics import read_metrics
 from experiments.runtime import exit_with
 from experiments.session import finish
 from experiments.train_state import TrainState
@@ -274,20 +267,6 @@ def test_a_study_goes_on_with_its_own_run_and_not_past_its_end(finished, monkeyp
     assert started == [dataclasses.replace(config, resume=True)]
 
 
-def test_a_signal_that_comes_while_processes_agree_is_not_lost(monkeypatch: pytest.MonkeyPatch):
-    to = types.SimpleNamespace(stop=types.SimpleNamespace(signal=None))
-    loop: Any = types.SimpleNamespace(config=types.SimpleNamespace(log_every=1), to=to)
-
-    def gather(mine: np.ndarray) -> np.ndarray:
-        to.stop.signal = to.stop.signal or signal.SIGTERM
-        return np.array([mine, 0])
-
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(training.multihost_utils, "process_allgather", gather)
-    assert [training._Loop.asked_to_stop(loop, step) for step in (1, 2)] == [False, True]
-    assert to.stop.signal == signal.SIGTERM
-
-
 def test_wandb_that_is_not_installed(finished, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     config = tiny_config(finished, wandb="project", overwrite=True)
@@ -314,83 +293,6 @@ def test_exit_codes(error, code, capsys):
     assert f"error: {error}" in capsys.readouterr().err
 
 
-def test_pauses_are_not_timed(monkeypatch: pytest.MonkeyPatch):
-    times = iter([0.0, 1.0, 11.0, 13.0])
-    monkeypatch.setattr(training, "time", types.SimpleNamespace(perf_counter=lambda: next(times)))
-    clock = training._Clock()
-    with clock.paused():
-        pass
-    assert clock.lap() == 3
-
-
-def test_throughput_is_of_the_steps_since_the_last_record(tmp_path, monkeypatch: pytest.MonkeyPatch):
-    """The first step of a start compiles and is left out, of a resumed one too; what is no step is done in pauses."""
-    monkeypatch.setattr(training._Clock, "lap", lambda clock: 1.0)
-    config = tiny_config(tmp_path, steps=4, schedule="constant", sample_every=2)
-    save, loss_fn = training.Checkpoints.save, train_draft.make_loss_fn(config)
-    pauses, in_pause = [], collections.defaultdict(list)
-
-    @contextlib.contextmanager
-    def paused(clock: training._Clock) -> Iterator[None]:
-        pauses.append(clock)
-        yield
-        pauses.pop()
-
-    def spied(name: str, function: Any) -> Any:
-        def spy(*arguments: Any) -> Any:
-            in_pause[name].append(bool(pauses))
-            return function(*arguments)
-
-        return spy
-
-    monkeypatch.setattr(training._Clock, "paused", paused)
-    monkeypatch.setattr(training.Checkpoints, "save", spied("save", save))
-    # Of validation, what is seen is that it is traced.
-    task = dataclasses.replace(
-        train_draft.task(config),
-        on_sample=spied("sample", lambda *_: None),
-        validation_loss_fn=spied("validate", loss_fn),
-    )
-    for changes in ({}, {"steps": 8, "resume": True}):
-        train(dataclasses.replace(config, **changes), task)
-    speeds = [r["tokens_per_second"] for r in read_metrics(config.output) if "tokens_per_second" in r]
-    assert [speed / config.tokens_per_step for speed in speeds] == [1, 2, 1, 2]
-    assert in_pause == {"sample": [True] * 4, "save": [True] * 2, "validate": [True]}
-
-
-def test_records_are_means_over_their_steps(tmp_path):
-    """Their bits per byte are of the training loss, and say so, as those of each validation do."""
-    losses = {}
-    validated = ["validation", "training", "validation"]
-    shown_of = {1: ["training"] * 3 + validated, 2: ["training", *validated]}
-    for log_every in (1, 2):
-        output = tmp_path / str(log_every)
-        config = tiny_config(tmp_path, steps=4, log_every=log_every, validate_every=3, output=output)
-        _, printed = train(config)
-        assert re.findall(r"bits/byte \((\w+) text\)", printed) == shown_of[log_every]
-        losses[log_every] = [r["train/target_loss"] for r in read_metrics(output) if "train/target_loss" in r]
-    assert len(losses[1]) == 4
-    np.testing.assert_allclose(losses[2], np.reshape(losses[1], (2, 2)).mean(1), rtol=1e-6)
-    shown = [float(bits) for bits in re.findall(r"([\d.]+) bits/byte", printed)]
-    assert shown[0] == pytest.approx(losses[2][0] / np.log(2), abs=1e-3)
-
-
-def test_validation_is_the_mean_over_its_batches(tmp_path):
-    config = tiny_config(tmp_path, steps=2)
-    train(config)
-    record = next(r for r in read_metrics(config.output) if "validation/target_loss" in r)
-    batches = validation_batches(
-        load_text(config.data).validation,
-        batch_size=config.batch_size,
-        sequence_length=config.sequence_length,
-        max_batches=config.validation_batches,
-    )
-    loss_fn, models = jax.jit(train_draft.make_loss_fn(config)), load_run(config.output).models
-    losses = [float(loss_fn(models, tokens_bt)[1]["target_loss"]) for tokens_bt in batches]
-    assert len(losses) == 2
-    assert record["validation/target_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
-
-
 def test_batches_are_those_of_the_seed(tmp_path, monkeypatch: pytest.MonkeyPatch):
     seeds = []
 
@@ -401,11 +303,3 @@ def test_batches_are_those_of_the_seed(tmp_path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(training, "batch_at", spy)
     train(tiny_config(tmp_path, steps=1, seed=3))
     assert seeds == [3]
-
-
-def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path):
-    (tmp_path / metrics.FILE).write_text('{"step": 1}\n{"step": 2}\n{"st')
-    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
-    with Metrics(tmp_path, first_step=1) as written:
-        written.write(2, {"train/loss": 3.0})
-    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2, "train/loss": 3.0}]
