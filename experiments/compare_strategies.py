@@ -4,7 +4,8 @@
 
 Trains a small draft, an early exit and a prophet with the same steps and batches as `train_draft cpu`; n-gram lookup
 and layer skipping need no training and use the small draft's target. Then decodes code and prose, at temperatures 0
-and 1 and batches 1, 4 and 16. What is trained or measured is kept: a second start goes on where the first one ended.
+and 1 and batches 1, 4 and 16. What is trained, and each cell measured, is kept: a second start goes on where the first
+one ended.
 """
 
 from __future__ import annotations
@@ -211,13 +212,13 @@ def kept_cell(path: pathlib.Path, config: CompareConfig, measure: Callable[[], l
 def ngram_extremes(config: CompareConfig, shared: DecodingRunConfig, console: Console) -> list[Row]:
     """N-gram lookup where all repeats itself, and where it finds nothing: a drafting strategy's best and worst.
 
-    Repetitive is a line of the test text over and over, continued greedily; noise is drawn at temperature 5, where
+    Repetitive is 16 bytes of the test text over and over, continued greedily; noise is drawn at temperature 5, where
     hardly two bytes come twice.
     """
     target = load_run(config.output / DRAFT.replace(" ", "_")).target
     split = load_text(shared.data).test
-    lines = prompts_of(split, "code", count=config.repeats, length=16)
-    repeated = np.tile(lines, (1, -(-shared.prompt_length // 16)))[:, None, : shared.prompt_length]
+    pieces = prompts_of(split, "code", count=config.repeats, length=16)
+    repeated = np.tile(pieces, (1, -(-shared.prompt_length // 16)))[:, None, : shared.prompt_length]
     noise = np.random.default_rng(0).integers(0, 256, repeated.shape).astype(np.int32)
     drafters = {f"γ = {gamma}": spec_jax.NGram(gamma=gamma) for gamma in config.gammas}
     rows = []
