@@ -57,7 +57,8 @@ def prepare_output(output: pathlib.Path, *, resume: bool, overwrite: bool) -> No
     """
     make_folder(output)
     if resume:
-        checkpoints.open_run(output, argument="output")
+        with checkpoints.open_run(output, argument="output"):
+            pass
         if (folder := checkpoints.run_folder(output)) != output:
             raise ValueError(f"output must be the folder of the run, {folder}, got that of its checkpoints, {output}")
         return

@@ -116,8 +116,9 @@ def run(config: RunConfig, task: Task, console: Console | None = None, *, go_on:
     if first_process and config.wandb is not None:
         wandb_module()
     configuration = _configuration(config, task, text)
+    # Models and origin are refused before an old run is deleted for this one.
+    template = state_template(config, task, mesh)
     if task.origin is not None and not config.resume:
-        # Before an old run is deleted for this one.
         _check_origin(task.origin, config)
     # A run is read by all processes or none: Orbax lets those that open checkpoints wait for each other.
     if first_process or config.resume:
@@ -149,8 +150,9 @@ def run(config: RunConfig, task: Task, console: Console | None = None, *, go_on:
     )
     console.print(f"[bold]{task.kind}[/] on {text.description} ({len(text):,} bytes), output in {config.output}")
     with StopRequest(console) as stop:
-        state = _train(job, task, console, stop)
-    if stop.signal is not None:
+        state = _train(job, task, template, console, stop)
+    # A signal from here on has its usual effect.
+    if stop.agreed() is not None:
         console.print(f"[yellow]Stopped after step {int(state.step):,}; go on with {go_on}.")
         return stop.exit_code
     if config.report:
@@ -241,9 +243,8 @@ def _models_of_origin(origin: Origin, mesh: Mesh) -> Models:
         return checkpoints.restore(checkpoints.require_latest(), {"models": template})["models"]
 
 
-def _train(job: Job, task: Task, console: Console, stop: StopRequest) -> TrainState:
+def _train(job: Job, task: Task, template: TrainState, console: Console, stop: StopRequest) -> TrainState:
     config, mesh = job.config, job.mesh
-    template = state_template(config, task, mesh)
     with Checkpoints(config.output, keep=config.keep_checkpoints) as checkpoints:
         if config.resume:
             state = restored_state(checkpoints, checkpoints.require_latest(), template)

@@ -8,6 +8,9 @@ import socket
 import threading
 from types import TracebackType
 
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from rich.console import Console
 
 
@@ -49,6 +52,19 @@ class StopRequest:
         signal.set_wakeup_fd(self._wakeup)
         # The listening thread sees the end of its stream, leaves its loop, and closes its own side.
         self._writer.close()
+
+    def agreed(self) -> int | None:
+        """The signal that any process got before all of them asked, for which they wait; None where none did.
+
+        It is then everyone's: none reports what the others do not, or ends as if all were done.
+        """
+        if jax.process_count() == 1:
+            return self.signal
+        received = int(multihost_utils.process_allgather(np.array(self.signal or 0)).max())
+        # One that came to this process while it waited for the others is for the next time it asks.
+        if received:
+            self.signal = received
+        return received or None
 
     @property
     def exit_code(self) -> int:

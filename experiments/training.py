@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from experiments.checkpoints import Checkpoints
@@ -228,20 +227,10 @@ class _Loop:
         )
 
     def asked_to_stop(self, done: int) -> bool:
-        """Whether to stop now. All processes must agree, and asking the others costs a wait.
-
-        A signal that one process got is then everyone's: none reports what the others do not, or ends as if all were
-        done.
-        """
-        if jax.process_count() == 1:
-            return self.to.stop.signal is not None
-        if done % self.config.log_every:
+        """Whether to stop now. All processes must agree, and asking the others costs a wait."""
+        if jax.process_count() > 1 and done % self.config.log_every:
             return False
-        received = int(multihost_utils.process_allgather(np.array(self.to.stop.signal or 0)).max())
-        # One that came to this process while it waited for the others is for the next time it asks.
-        if received:
-            self.to.stop.signal = received
-        return received > 0
+        return self.to.stop.agreed() is not None
 
 
 def state_parts(state: TrainState) -> dict[str, Any]:

@@ -27,6 +27,8 @@ _CONFIG_NAMES = {
     "early_exit_extra_transformer_blocks": "early_exit_extra_blocks",
     "detach_early_exit_hiddens": "detach_early_exit_hiddens",
 }
+# What the original has no argument for.
+_FIXED = {"rotary_base": 10_000.0, "norm_epsilon": 2.0**-23, "early_exit_recycling": 0}
 # Recomputed here, never a weight.
 _IGNORED = "rotary_emb.inv_freq"
 
@@ -103,13 +105,18 @@ def to_torch_names(decoder: Decoder) -> dict[str, np.ndarray]:
     """The weights of a decoder under the original's names and in its layout: the inverse of `decoder_from_torch`.
 
     Raises:
-      ValueError: a decoder that the original cannot be: with fewer key-value heads than heads, or with recycling.
+      ValueError: a decoder that the original cannot be: with fewer key-value heads than heads, recycling, other rotary
+        frequencies or another norm than there, or feed-forward layers of the caller's.
     """
     config = decoder.config
     if config.num_kv_heads != config.heads:
         raise ValueError(f"decoder must have as many kv_heads as heads, {config.heads}, got {config.kv_heads}")
-    if config.early_exit_recycling:
-        raise ValueError(f"decoder must have early_exit_recycling 0, got {config.early_exit_recycling}")
+    for name, theirs in _FIXED.items():
+        if getattr(config, name) != theirs:
+            raise ValueError(f"decoder must have {name} {theirs}, got {getattr(config, name)}")
+    standard = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    if other := sorted(name for name, _ in _shapes(decoder) ^ _shapes(standard)):
+        raise ValueError(f"decoder must have the feed-forward layers of its config, got others: {', '.join(other)}")
     names, weights = torch_names(config), {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(decoder):
         value = np.asarray(leaf)
@@ -170,6 +177,10 @@ def _load(model: Any, names: Mapping[str, str], state_dict: Mapping[str, ArrayLi
             raise ValueError(f"state_dict[{names[_name(path)]!r}] must have shape {leaf.shape}, got {value.shape}")
         leaves.append(jnp.asarray(value, leaf.dtype))
     return jax.tree_util.tree_unflatten(structure, leaves)
+
+
+def _shapes(decoder: Decoder) -> set[tuple[str, tuple[int, ...]]]:
+    return {(_name(path), leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(decoder)}
 
 
 def _name(path: tuple[Any, ...]) -> str:

@@ -20,13 +20,13 @@ class Scored:
 
     Attributes:
       logits: (B, T, V).
-      hidden: (B, T, …).
       cache: the target's.
+      hidden: nothing: looking tokens up needs no more of the target.
     """
 
     logits: jax.Array
-    hidden: Any
     cache: Any
+    hidden: None = None
 
 
 @struct.dataclass
@@ -76,19 +76,14 @@ class NGram(Drafter):
 
         def whole(before: Scored) -> Scored:
             output = target(window_bt, before.cache)
-            return Scored(output.logits, output.hidden, output.cache)
+            return Scored(output.logits, output.cache)
 
         def one_step(before: Scored) -> Scored:
             output = target(window_bt[:, :1], before.cache)
+            return Scored(jnp.pad(output.logits, ((0, 0), (0, window_bt.shape[1] - 1), (0, 0))), output.cache)
 
-            def widen(x: jax.Array) -> jax.Array:
-                return jnp.pad(x, ((0, 0), (0, window_bt.shape[1] - 1), *((0, 0) for _ in x.shape[2:])))
-
-            return Scored(widen(output.logits), jax.tree.map(widen, output.hidden), output.cache)
-
-        shapes = jax.eval_shape(target, window_bt, proposal.target_cache)
-        logits, hidden = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes.logits, shapes.hidden))
-        scored = Scored(logits, hidden, proposal.target_cache)
+        logits = jax.eval_shape(target, window_bt, proposal.target_cache).logits
+        scored = Scored(jnp.zeros(logits.shape, logits.dtype), proposal.target_cache)
         any_drafted = (proposal.draft.count_b > 0).any()
         return _run_if(~any_drafted, one_step, _run_if(any_drafted, whole, scored))
 

@@ -159,9 +159,17 @@ def test_a_process_that_never_joins_ends_the_other(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_process_stops_all(tmp_path):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"steps": 10**6, "log_every": 2, "validate_every": 10**6},
+        {"steps": 200, "log_every": 1000, "validate_every": 50},
+    ],
+    ids=["in training", "after the last step at which they ask each other"],
+)
+def test_a_signal_to_one_process_stops_all(changes, tmp_path):
     """They agree that the run is not done: none writes its report, and none waits for another."""
-    config = tiny_config(tmp_path, steps=10**6, checkpoint_every=10**6, log_every=2, validate_every=10**6, report=True)
+    config = tiny_config(tmp_path, checkpoint_every=10**6, report=True, **changes)
     processes = start(config, tmp_path)
     wait_until(lambda: read_metrics(config.output), processes, tmp_path)
     processes[1].send_signal(signal.SIGTERM)

@@ -3,16 +3,16 @@ import signal
 import subprocess
 import sys
 import time
-import types
-from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
-from experiments import check_resume, training
+from experiments import check_resume, signals
 from experiments.checkpoints import open_run
 from experiments.metrics import read_metrics
+from experiments.signals import StopRequest
 from tests.experiments.runs import tiny_config
 
 
@@ -66,14 +66,13 @@ def test_a_second_interrupt_does_not_wait():
 
 
 def test_a_signal_that_comes_while_processes_agree_is_not_lost(monkeypatch: pytest.MonkeyPatch):
-    to = types.SimpleNamespace(stop=types.SimpleNamespace(signal=None))
-    loop: Any = types.SimpleNamespace(config=types.SimpleNamespace(log_every=1), to=to)
+    stop = StopRequest(Console())
 
     def gather(mine: np.ndarray) -> np.ndarray:
-        to.stop.signal = to.stop.signal or signal.SIGTERM
+        stop.signal = stop.signal or signal.SIGTERM
         return np.array([mine, 0])
 
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(training.multihost_utils, "process_allgather", gather)
-    assert [training._Loop.asked_to_stop(loop, step) for step in (1, 2)] == [False, True]
-    assert to.stop.signal == signal.SIGTERM
+    monkeypatch.setattr(signals.multihost_utils, "process_allgather", gather)
+    assert [stop.agreed(), stop.agreed()] == [None, signal.SIGTERM]
+    assert stop.exit_code == 128 + signal.SIGTERM

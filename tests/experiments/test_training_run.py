@@ -7,9 +7,11 @@ import sys
 from typing import Any
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.core import Tracer
 from rich.console import Console
 
 from experiments import session, train_draft, training
@@ -178,12 +180,27 @@ def test_bad_input_before_any_compute(changes, message, finished):
     def no_compute(*_):
         raise AssertionError("computed before checking")
 
+    def shapes_only():
+        models = train_draft.make_models(config)
+        assert all(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(models))
+        return models
+
     config = tiny_config(folder, **changes)
-    task = dataclasses.replace(train_draft.task(config), loss_fn=no_compute, make_models=no_compute)
+    task = dataclasses.replace(train_draft.task(config), loss_fn=no_compute, make_models=shapes_only)
     before = sorted(path.name for path in (folder / "run").rglob("*"))
     with pytest.raises(ValueError, match=message):
         train(config, task)
     assert sorted(path.name for path in (folder / "run").rglob("*")) == before
+
+
+def test_models_that_cannot_be_are_refused_before_a_run_is_overwritten(finished):
+    def make_models():
+        raise ValueError("prophet must have no early exit")
+
+    config = tiny_config(finished, overwrite=True)
+    with pytest.raises(ValueError, match="prophet must have no early exit"):
+        train(config, dataclasses.replace(train_draft.task(config), make_models=make_models))
+    assert steps_kept(config) == [4]
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from spec_jax import Decoder, DecoderConfig, Sampling, base_decoding
 from spec_jax.interop import decoder_from_torch, to_torch_names, torch_names
@@ -127,10 +128,21 @@ def test_what_the_original_does_not_have_is_not_written():
     for changed, message in (
         ({"kv_heads": 1}, "decoder must have as many kv_heads as heads, 2, got 1"),
         ({"early_exit_layer": 1, "early_exit_recycling": 3}, "decoder must have early_exit_recycling 0, got 3"),
+        ({"rotary_base": 5e5}, "decoder must have rotary_base 10000.0, got 500000.0"),
+        ({"norm_epsilon": 1e-5}, "decoder must have norm_epsilon 1.19.*e-07, got 1e-05"),
     ):
         decoder = transformer(0, dataclasses.replace(CONFIG, **changed))
         with pytest.raises(ValueError, match=message):
             to_torch_names(decoder)
+
+
+def test_feed_forward_layers_of_the_callers_are_not_written():
+    def feed_forward(layer: int, rngs: nnx.Rngs) -> nnx.Module:
+        return nnx.Linear(CONFIG.dim, CONFIG.dim, rngs=rngs)
+
+    decoder = Decoder(CONFIG, rngs=nnx.Rngs(0), feed_forward=feed_forward)
+    with pytest.raises(ValueError, match=r"feed-forward layers of its config, got others: \.blocks\[0\]\.feed_forward"):
+        to_torch_names(decoder)
 
 
 def test_weights_of_half_precision_become_float32():

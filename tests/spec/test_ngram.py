@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import hypothesis
@@ -10,13 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
 from jax.core import Tracer
 
 from spec_jax import NGram, Sampling, decoding, loop, speculative_decoding
 from spec_jax.drafters.base import Sequence
 from spec_jax.drafters.ngram import lookup
 from spec_jax.verification import Draft
-from tests.spec.toys import deterministic_toy, random_toy
+from tests.spec.toys import TokenCache, Toy, ToyOutput, deterministic_toy, random_toy
 from tests.spec.transformers import transformer
 
 compiled_lookup = jax.jit(lookup, static_argnames=("gamma", "min_ngram", "max_ngram"))
@@ -133,6 +135,23 @@ def test_smallest_gammas(gamma: int):
         deterministic_toy([1, 0]), NGram(gamma=gamma), [[0]], max_new_tokens=9, key=jax.random.key(0)
     )
     assert result.tokens[0].tolist() == [1, 0, 1, 0, 1, 0, 1, 0, 1]
+
+
+def test_what_the_target_shows_of_itself_may_be_anything():
+    """An array without an axis of tokens, say."""
+
+    @struct.dataclass
+    class Summing(Toy):
+        def __call__(self, tokens_bt: jax.Array, cache: TokenCache | None = None) -> ToyOutput:
+            output = super().__call__(tokens_bt, cache)
+            return dataclasses.replace(output, hidden=output.logits.sum())
+
+    target = random_toy(0, 4)
+    outputs = [
+        speculative_decoding(model, NGram(), [[0, 1, 0, 1]], max_new_tokens=20, key=jax.random.key(0)).tokens.tolist()
+        for model in (target, Summing(target.table))
+    ]
+    assert outputs[0] == outputs[1]
 
 
 def test_finished_rows_draft_nothing():

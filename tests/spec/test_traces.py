@@ -11,7 +11,7 @@ import pytest
 
 from spec_jax import Sampling, SmallModel, base_decoding, loop, speculative_decoding, stream
 from spec_jax import decoding as decoding_module
-from tests.spec.toys import random_toy
+from tests.spec.toys import Toy, random_toy
 
 TARGET, DRAFTER = random_toy(0, 4), SmallModel(random_toy(1, 4), gamma=2)
 
@@ -86,6 +86,32 @@ def test_stream(drafter: SmallModel | None):
     """One trace of the start and one of the round, over many rounds and all changes."""
     for changed in ({}, *SAME_PROGRAM.values()):
         assert len(list(stream(TARGET, drafter, **arguments(**changed)))) >= 1
+
+
+@pytest.mark.parametrize("drafter", [None, DRAFTER], ids=["plain", "rejection"])
+def test_inside_other_transformations(drafter: SmallModel | None):
+    """Weights and every number of the sampling are arguments of a jitted function that maps over keys and scans."""
+    prompt = [[1, 2, 3], [0, 0, 1]]
+
+    def decode(target: Toy, drafter: SmallModel | None, sampling: Sampling, key: jax.Array) -> jax.Array:
+        if drafter is None:
+            return base_decoding(target, prompt, max_new_tokens=5, key=key, sampling=sampling).tokens
+        return speculative_decoding(target, drafter, prompt, max_new_tokens=5, key=key, sampling=sampling).tokens
+
+    @jax.jit
+    def traced(target: Toy, drafter: SmallModel | None, numbers: jax.Array, keys: jax.Array):
+        temperature, top_p, min_p = numbers
+        sampling = Sampling(temperature=temperature, top_p=top_p, min_p=min_p)
+        mapped = jax.vmap(lambda key: decode(target, drafter, sampling, key))(keys)
+        scanned = jax.lax.scan(lambda carry, key: (carry, decode(target, drafter, sampling, key)), 0, keys)[1]
+        return mapped, scanned
+
+    keys = jax.random.split(jax.random.key(0), 6)
+    for numbers in ((1.0, 1.0, 0.0), (0.0, 1.0, 0.0), (1.5, 0.6, 0.2)):
+        sampling = Sampling(temperature=numbers[0], top_p=numbers[1], min_p=numbers[2])
+        expected = np.stack([decode(TARGET, drafter, sampling, key) for key in keys])
+        for got in traced(TARGET, drafter, jax.numpy.array(numbers), keys):
+            np.testing.assert_array_equal(got, expected)
 
 
 def test_no_other_jitted_entry():
