@@ -26,7 +26,7 @@ from rich.table import Table
 
 from experiments import train_moe
 from experiments.checks import at_least
-from experiments.expert_decoder import forward, num_parameters, sum_of
+from experiments.expert_decoder import forward, sum_of
 from experiments.figures import Panel, save_panels
 from experiments.flops import counted_flops
 from experiments.metrics import read_metrics
@@ -35,6 +35,7 @@ from experiments.report import machine
 from experiments.runtime import exit_with, require_one_process, use_compilation_cache
 from experiments.session import finish
 from experiments.train_moe import PRESETS, VARIANTS, TrainMoEConfig
+from experiments.train_state import num_parameters
 from spec_jax.losses import bits_per_byte, next_token_loss
 
 SPARSE = "sparse"

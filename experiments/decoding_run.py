@@ -53,6 +53,12 @@ class DecodingRunConfig(RunConfig):
         at_least(0, self, "gamma")
         self.sampling.check()
 
+    def check_vocabulary(self, name: str) -> None:
+        """Raises ValueError unless the field `name`, a decoder that drafts, has the target's number of tokens."""
+        ours, theirs = self.target.vocab_size, getattr(self, name).vocab_size
+        if ours != theirs:
+            raise ValueError(f"target.vocab_size and {name}.vocab_size must be the same, got {ours} and {theirs}")
+
     @property
     def sampling(self) -> spec_jax.Sampling:
         """Of samples and measurements."""

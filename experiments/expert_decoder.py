@@ -19,6 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from experiments.checks import at_least
+from experiments.train_state import num_parameters
 from moe_jax import FeedForward, MoE, MoEConfig, MoEOutput, RMSNorm, SparseMoEBlock, TopN, param_shardings
 from moe_jax.checks import positive, renamed
 from spec_jax import Decoder, DecoderConfig
@@ -252,11 +253,6 @@ def decoder_places(decoder: Any, mesh: Mesh) -> Any:
 def sum_of(values: Any) -> jax.Array:
     """() float32, the sum; 0 of nothing."""
     return sum(values, start=jnp.zeros(()))
-
-
-def num_parameters(model: Any) -> int:
-    """Number of weights, of arrays or of their shapes."""
-    return sum(leaf.size for leaf in jax.tree.leaves(model))
 
 
 def _sparse(config: DecoderConfig, experts: ExpertsConfig, rngs: nnx.Rngs) -> SparseFeedForward:

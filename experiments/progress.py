@@ -54,12 +54,16 @@ class TrainingProgress:
         self._bar.update(self._task, bits=bits)
         self._log(done, f"{bits:.3f} bits/byte (validation text)")
 
-    def record(self, done: int, *, loss: float, bits: float, speed: float) -> None:
-        """New numbers, known after `done` steps. The bits per byte are of training text."""
-        self._bar.update(self._task, loss=loss, speed=speed)
+    def record(self, done: int, *, loss: float, bits: float, speed: float | None) -> None:
+        """New numbers, known after `done` steps. The bits per byte are of training text; None is a speed not known."""
+        self._bar.update(self._task, loss=loss)
         if not self._validated:
             self._bar.update(self._task, bits=bits)
-        self._log(done, f"loss {loss:.3f} · {bits:.3f} bits/byte (training text) · {speed:,.0f} tokens/s")
+        numbers = f"loss {loss:.3f} · {bits:.3f} bits/byte (training text)"
+        if speed is not None:
+            self._bar.update(self._task, speed=speed)
+            numbers += f" · {speed:,.0f} tokens/s"
+        self._log(done, numbers)
 
     def _log(self, done: int, numbers: str) -> None:
         if not self._console.is_terminal:

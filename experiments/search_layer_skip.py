@@ -14,7 +14,6 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +31,7 @@ from experiments.generate import load_run
 from experiments.measure import leviathan_speedup
 from experiments.output import LAYER_SKIP_FILE
 from experiments.runtime import exit_with, use_compilation_cache
+from experiments.train_state import num_parameters
 from spec_jax.layers import rotary_angles
 
 
@@ -118,8 +118,10 @@ def search(
       scoring_cost: what scoring a draft costs in plain steps.
     """
     depth = target.config.depth
-    sizes_l2 = np.array([[_size(block.attention), _size(block.feed_forward)] for block in target.blocks])
-    total = sizes_l2.sum() + _size(target.head)
+    sizes_l2 = np.array(
+        [[num_parameters(block.attention), num_parameters(block.feed_forward)] for block in target.blocks]
+    )
+    total = sizes_l2.sum() + num_parameters(target.head)
 
     def rate(keep_l2: np.ndarray) -> float:
         return float(np.mean([acceptance(target, tokens_bt, keep_l2) for tokens_bt in batches]))
@@ -133,7 +135,7 @@ def search(
             candidates.append((rate(without_l2), layer, kind))
         best, layer, kind = max(candidates)
         keep_l2[layer, kind] = False
-        cost = float(((sizes_l2 * keep_l2).sum() + _size(target.head)) / total)
+        cost = float(((sizes_l2 * keep_l2).sum() + num_parameters(target.head)) / total)
         way.append(_found(keep_l2, best, cost, max_gamma, scoring_cost))
     return way
 
@@ -146,10 +148,6 @@ def _found(keep_l2: np.ndarray, rate: float, cost: float, max_gamma: int, scorin
     gamma = max(speedups, key=lambda gamma: speedups[gamma])
     attention, feed_forward = (tuple(np.flatnonzero(~keep_l2[:, kind]).tolist()) for kind in (0, 1))
     return Found(attention, feed_forward, rate, cost, gamma, speedups[gamma])
-
-
-def _size(module: Any) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(module))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

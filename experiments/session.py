@@ -28,6 +28,7 @@ from experiments.train_state import (
     connect,
     device_mesh,
     local_copy,
+    num_parameters,
     replicated,
 )
 from experiments.training import Instruments, Job, restored_state, train
@@ -251,7 +252,7 @@ def _train(job: Job, task: Task, template: TrainState, console: Console, stop: S
         else:
             state = first_state(config, task, template, mesh)
         done = int(state.step)
-        sizes = ", ".join(f"{name} {_parameters(model):,}" for name, model in state.models.items())
+        sizes = ", ".join(f"{name} {num_parameters(model):,}" for name, model in state.models.items())
         console.print(f"parameters: {sizes}; {mesh.size} device(s); from step {done:,} to {config.steps:,}")
         if jax.process_index():
             with TrainingProgress(console, steps=config.steps, done=done) as progress:
@@ -261,10 +262,6 @@ def _train(job: Job, task: Task, template: TrainState, console: Console, stop: S
             TrainingProgress(console, steps=config.steps, done=done) as progress,
         ):
             return train(job, state, Instruments(checkpoints, metrics, progress, stop))
-
-
-def _parameters(model: Any) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(model))
 
 
 def _wait_for_all(place: str) -> None:

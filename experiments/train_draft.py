@@ -47,11 +47,7 @@ class TrainDraftConfig(DecodingRunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.target.vocab_size != self.draft.vocab_size:
-            raise ValueError(
-                "target.vocab_size and draft.vocab_size must be the same, "
-                f"got {self.target.vocab_size} and {self.draft.vocab_size}"
-            )
+        self.check_vocabulary("draft")
         self.distillation.check(self.sequence_length)
 
 

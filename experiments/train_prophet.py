@@ -58,11 +58,7 @@ class TrainProphetConfig(DecodingRunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.target.vocab_size != self.prophet.vocab_size:
-            raise ValueError(
-                "target.vocab_size and prophet.vocab_size must be the same, "
-                f"got {self.target.vocab_size} and {self.prophet.vocab_size}"
-            )
+        self.check_vocabulary("prophet")
         at_least(0, self, "prophet_loss_weight")
         if not 1 <= self.num_leading_start_tokens < self.prophet_train_length <= self.sequence_length + 1:
             raise ValueError(

@@ -23,6 +23,11 @@ LossFn = Callable[[Models, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 the batch's rows, so that microbatches can be averaged."""
 
 
+def num_parameters(model: Any) -> int:
+    """Number of weights, of arrays or of their shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(model))
+
+
 @struct.dataclass
 class TrainState:
     """Everything that changes from step to step.

@@ -97,25 +97,24 @@ class _Loop:
         self.pending: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
         self.window: list[dict[str, float]] = []
         self.clock = _Clock()
-        self.timed_steps = 0
+        self.first = self.timed_steps = 0
         self.saved: int | None = None
 
     def run(self, state: TrainState) -> TrainState:
         config = self.config
-        first = done = int(state.step)
-        if first:
-            self.saved, self.window = first, self.to.checkpoints.reports(first)
-        for step in range(first, config.steps):
+        self.first = done = int(state.step)
+        if done:
+            self.saved, self.window = done, self.to.checkpoints.reports(done)
+        for step in range(done, config.steps):
             state, report = self.step_fn(state, self.batch(step))
             self.pending.append((step, report))
             done = step + 1
             self.look(keep=LAG)
             self.to.progress.step(done)
-            if done == first + 1:
-                # The first step compiles; throughput is of the others.
+            if done == self.first + 1:
+                # It compiled, so throughput is of the steps after it.
                 self.look(keep=0)
                 self.clock.lap()
-                self.timed_steps = 0
             if done % config.validate_every == 0 or done == config.steps:
                 self.validate(state, done)
             if done % config.checkpoint_every == 0:
@@ -160,20 +159,20 @@ class _Loop:
             values = {name: float(value) for name, value in jax.device_get(report).items()}
             self.require_finite(values["loss"], f"the loss of step {step + 1}")
             self.window.append(values)
-            self.timed_steps += 1
+            self.timed_steps += step > self.first
             if (step + 1) % self.config.log_every == 0:
                 self.log(step + 1)
 
     def log(self, done: int) -> None:
         means = {name: float(np.mean([values[name] for values in self.window])) for name in self.window[0]}
-        speed = self.timed_steps * self.config.tokens_per_step / self.clock.lap()
+        speed = self.timed_steps * self.config.tokens_per_step / self.clock.lap() if self.timed_steps else None
         self.timed_steps = 0
         self.window.clear()
         bits = bits_per_byte(means[self.job.main_loss])
         self.to.progress.record(done, loss=means["loss"], bits=bits, speed=speed)
         if self.to.metrics is not None:
             train = {f"train/{name}": value for name, value in means.items()}
-            self.to.metrics.write(done, {**train, "tokens_per_second": speed})
+            self.to.metrics.write(done, train if speed is None else {**train, "tokens_per_second": speed})
 
     def validate(self, state: TrainState, done: int) -> None:
         self.look(keep=0)

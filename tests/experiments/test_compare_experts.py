@@ -10,8 +10,9 @@ import pytest
 
 from experiments import train_moe
 from experiments.compare_experts import CompareConfig, Result, panels, result_of, table_rows, training_flops
-from experiments.expert_decoder import ExpertsConfig, num_parameters
+from experiments.expert_decoder import ExpertsConfig
 from experiments.metrics import Metrics
+from experiments.train_state import num_parameters
 from spec_jax import DecoderConfig
 
 TARGET = DecoderConfig(vocab_size=256, dim=64, depth=2, heads=1, dim_head=16, ff_mult=2)

@@ -18,10 +18,11 @@ import spec_jax
 from experiments import compare_experts, train_moe
 from experiments.config import as_json
 from experiments.decoding_run import shared_fields
-from experiments.expert_decoder import ExpertsConfig, num_parameters
+from experiments.expert_decoder import ExpertsConfig
 from experiments.generate import GenerateConfig, generate, load_run
 from experiments.metrics import read_metrics
 from experiments.samples import ByteText
+from experiments.train_state import num_parameters
 from spec_jax import DecoderConfig
 from spec_jax.losses import next_token_loss
 from tests.experiments.runs import tiny_config, train
