@@ -220,14 +220,11 @@ def _memory(config: Config, target: Any, drafter: Any, batch: int) -> dict[str, 
     prompt = _prompt(config, batch)
     padded = checks.bucket(prompt.shape[1])
     size = checks.checked_size(None, width=padded, max_new_tokens=config.max_new_tokens, gamma=drafter.gamma)
-    request = loop.Request(
+    request = loop.Request.of_batch(
+        batch,
         key=jax.random.key(0),
-        row_ids_b=jnp.arange(batch, dtype=jnp.uint32),
-        sampling=SAMPLING.checked(),
-        lenience=jnp.float32(1),
-        eos_id=jnp.int32(-1),
-        pad_id=jnp.int32(0),
-        max_new_tokens=jnp.int32(config.max_new_tokens),
+        max_new_tokens=config.max_new_tokens,
+        sampling=SAMPLING,
         verification=spec_jax.Verification.REJECTION if drafter.gamma else spec_jax.Verification.COUPLED,
     )
     length_b = np.full((batch,), prompt.shape[1], np.int32)

@@ -22,13 +22,12 @@ import jax
 import numpy as np
 import tyro
 from flax import nnx
-from rich.console import Console
-from rich.table import Table
 
 import moe_jax
 from experiments import mesh_costs, moe_programs, moe_reference
 from experiments.checks import at_least
 from experiments.measure import alternate
+from experiments.moe_tables import print_meshes, print_section
 from experiments.output import make_folder_of
 from experiments.peak_memory import peak_memory
 from experiments.report import machine
@@ -116,7 +115,7 @@ def main(config: Config) -> dict[str, Any]:
         )
     for section in sections:
         rows = list(measure[section](config))
-        (_print_meshes if section == "mesh" else partial(_print, section))(rows)
+        (print_meshes if section == "mesh" else partial(print_section, section))(rows)
         report[section] = {
             "machine": machine(),
             "versions": moe_reference.versions() if section in WITH_TORCH else {},
@@ -331,53 +330,6 @@ def _exponent(by_length: Mapping[str, float]) -> float:
     """Slope of the logarithms: 1 is linear."""
     lengths = [float(length) for length in by_length]
     return float(np.polyfit(np.log(lengths), np.log(list(by_length.values())), 1)[0])
-
-
-def _print(section: str, rows: list[Row]) -> None:
-    names = list(rows[0]["milliseconds_min"])
-    title = f"{section}: fastest (median) milliseconds, median ratio to {rows[0]['base']}"
-    table = Table("what", "mode", *names, "also", title=title)
-    for row in rows:
-        what = ", ".join(f"{key} {row[key]}" for key in ("shape", "experts", "dispatch") if key in row)
-        best, median, ratio = (row[key] for key in ("milliseconds_min", "milliseconds_median", "over_base_median"))
-        cells = (f"{best[name]:.1f} ({median[name]:.1f}) {ratio[name]:.2f} ×" for name in names)
-        table.add_row(what, row["mode"], *cells, _also(row))
-    Console().print(table)
-
-
-def _print_meshes(rows: list[Row]) -> None:
-    table = Table(
-        title="each device, with a sequence of its own, counted in the program",
-        caption="moves: all-to-alls; buffers: their bytes in capacity buffers; beside: gradients and counts summed; "
-        "held: arguments.",
-    )
-    for column in ("mesh", "mode", "moves", "MB", "buffers", "MB beside", "GFLOP", "MB held"):
-        table.add_column(column)
-    for row in rows:
-        buffers = row["all_to_all_bytes"] / row["buffer_bytes"] if row["buffer_bytes"] else 0.0
-        beside = f"{row['other_bytes'] / 1e6:.3f}"
-        sizes = (f"{row[name] / scale:.2f}" for name, scale in (("flops", 1e9), ("argument_bytes", 1e6)))
-        exchange = str(row["all_to_alls"]), f"{row['all_to_all_bytes'] / 1e6:.2f}", f"{buffers:.2f}"
-        table.add_row(row["mesh"], row["mode"], *exchange, beside, *sizes)
-    Console().print(table)
-
-
-def _also(row: Row) -> str:
-    """What is known of a row besides its times, in words."""
-    words = []
-    if "kept" in row:
-        words.append(f"kept {row['kept']} of {row['assignments']}")
-    if "largest_difference" in row:
-        words.append(f"outputs differ by {row['largest_difference']:.1e} at most")
-        if row["tokens_routed_apart"]:
-            words[-1] += f" but at {row['tokens_routed_apart']} tokens"
-    if "memory_over_ours" in row:
-        words += [
-            f"{name}: {ratio:.2f} × the memory" for name, ratio in row["memory_over_ours"].items() if name != OURS
-        ]
-    if "time_exponent" in row:
-        words.append(f"exponent of time {row['time_exponent']:.2f}, of memory {row['memory_exponent']:.2f}")
-    return "; ".join(words)
 
 
 def run() -> int:

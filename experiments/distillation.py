@@ -59,15 +59,8 @@ def own_samples(config: DistillationConfig, target: Any, tokens_bt: jax.Array, s
     """
     batch, width = tokens_bt.shape
     prompt_length, new = config.prompt_length, width - config.prompt_length
-    request = loop.Request(
-        key=key_of(tokens_bt, seed),
-        row_ids_b=jnp.arange(batch, dtype=jnp.uint32),
-        sampling=spec_jax.Sampling().checked(),
-        lenience=jnp.float32(1),
-        eos_id=jnp.int32(-1),
-        pad_id=jnp.int32(0),
-        max_new_tokens=jnp.int32(new),
-        verification=spec_jax.Verification.COUPLED,
+    request = loop.Request.of_batch(
+        batch, key=key_of(tokens_bt, seed), max_new_tokens=new, verification=spec_jax.Verification.COUPLED
     )
     prompt_bp = tokens_bt[:, :prompt_length]
     result = loop.decode(

@@ -47,14 +47,11 @@ class StageLoops:
         The caches hold zeros: a stage takes the same time whatever they hold, and so no prefill need be compiled.
         """
         batch, width = prompt.shape
-        request = loop.Request(
+        request = loop.Request.of_batch(
+            batch,
             key=jax.random.key(0),
-            row_ids_b=jnp.arange(batch, dtype=jnp.uint32),
-            sampling=sampling.checked(),
-            lenience=jnp.float32(1),
-            eos_id=jnp.int32(-1),
-            pad_id=jnp.int32(0),
-            max_new_tokens=jnp.int32(max_new_tokens),
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
             verification=Verification.REJECTION,
         )
         size = checks.checked_size(None, width=checks.bucket(width), max_new_tokens=max_new_tokens, gamma=drafter.gamma)

@@ -41,6 +41,28 @@ class Request:
     max_new_tokens: jax.Array
     verification: Verification = struct.field(pytree_node=False)
 
+    @classmethod
+    def of_batch(
+        cls,
+        batch: int,
+        *,
+        key: jax.Array,
+        max_new_tokens: int | jax.Array,
+        verification: Verification,
+        sampling: Sampling = Sampling(),  # noqa: B008 - immutable
+    ) -> Request:
+        """For so many rows, without an end token."""
+        return cls(
+            key=key,
+            row_ids_b=jnp.arange(batch, dtype=jnp.uint32),
+            sampling=sampling.checked(),
+            lenience=jnp.float32(1),
+            eos_id=jnp.int32(-1),
+            pad_id=jnp.int32(0),
+            max_new_tokens=jnp.int32(max_new_tokens),
+            verification=verification,
+        )
+
 
 @struct.dataclass
 class DecodeState:

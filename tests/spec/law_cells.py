@@ -78,15 +78,12 @@ def decode_prompts(
     batch: int,
 ) -> DecodeResult:
     """`batch` ragged prompts, beginning again behind the last one. The public function makes room for longer ones."""
-    asked = loop.Request(
-        key=key,
-        row_ids_b=jnp.arange(batch, dtype=jnp.uint32),
-        sampling=sampling,
-        lenience=jnp.float32(1),
+    asked = dataclasses.replace(
+        loop.Request.of_batch(
+            batch, key=key, max_new_tokens=NEW_TOKENS, sampling=sampling, verification=Verification(rule)
+        ),
         eos_id=jnp.asarray(eos_id, jnp.int32),
         pad_id=jnp.int32(VOCAB),
-        max_new_tokens=jnp.int32(NEW_TOKENS),
-        verification=Verification(rule),
     )
     return loop.decode(
         target,

@@ -1,0 +1,62 @@
+"""What `experiments.benchmark_moe` has measured, as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+Row = Mapping[str, Any]
+
+
+def print_section(section: str, rows: Sequence[Row]) -> None:
+    """Times of each call, and their ratio to the row's base."""
+    names = list(rows[0]["milliseconds_min"])
+    title = f"{section}: fastest (median) milliseconds, median ratio to {rows[0]['base']}"
+    table = Table("what", "mode", *names, "also", title=title)
+    for row in rows:
+        what = ", ".join(f"{key} {row[key]}" for key in ("shape", "experts", "dispatch") if key in row)
+        best, median, ratio = (row[key] for key in ("milliseconds_min", "milliseconds_median", "over_base_median"))
+        cells = (f"{best[name]:.1f} ({median[name]:.1f}) {ratio[name]:.2f} ×" for name in names)
+        table.add_row(what, row["mode"], *cells, _also(row))
+    Console().print(table)
+
+
+def print_meshes(rows: Sequence[Row]) -> None:
+    """What each device of a mesh sends, computes and keeps."""
+    table = Table(
+        title="each device, with a sequence of its own, counted in the program",
+        caption="moves: all-to-alls; buffers: their bytes in capacity buffers; beside: gradients and counts summed; "
+        "held: arguments.",
+    )
+    for column in ("mesh", "mode", "moves", "MB", "buffers", "MB beside", "GFLOP", "MB held"):
+        table.add_column(column)
+    for row in rows:
+        buffers = row["all_to_all_bytes"] / row["buffer_bytes"] if row["buffer_bytes"] else 0.0
+        beside = f"{row['other_bytes'] / 1e6:.3f}"
+        sizes = (f"{row[name] / scale:.2f}" for name, scale in (("flops", 1e9), ("argument_bytes", 1e6)))
+        exchange = str(row["all_to_alls"]), f"{row['all_to_all_bytes'] / 1e6:.2f}", f"{buffers:.2f}"
+        table.add_row(row["mesh"], row["mode"], *exchange, beside, *sizes)
+    Console().print(table)
+
+
+def _also(row: Row) -> str:
+    """What is known of a row besides its times, in words."""
+    words = []
+    if "kept" in row:
+        words.append(f"kept {row['kept']} of {row['assignments']}")
+    if "largest_difference" in row:
+        words.append(f"outputs differ by {row['largest_difference']:.1e} at most")
+        if row["tokens_routed_apart"]:
+            words[-1] += f" but at {row['tokens_routed_apart']} tokens"
+    if "memory_over_ours" in row:
+        words += [
+            f"{name}: {ratio:.2f} × the memory"
+            for name, ratio in row["memory_over_ours"].items()
+            if name != row["base"]
+        ]
+    if "time_exponent" in row:
+        words.append(f"exponent of time {row['time_exponent']:.2f}, of memory {row['memory_exponent']:.2f}")
+    return "; ".join(words)
