@@ -11,6 +11,7 @@ one ended.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -141,8 +142,8 @@ def measure_all(config: CompareConfig, shared: DecodingRunConfig, console: Conso
     """Every strategy, gamma, batch, temperature and kind of text."""
     runs = {name: load_run(config.output / name.replace(" ", "_")) for name in TRAINED}
     text = load_text(shared.data)
-    best = searched_layers(runs[DRAFT].target, text.validation)
-    skipped = best.skip_attention, best.skip_feed_forward
+    # Searched where a cell is measured that skips layers.
+    searched = functools.cache(lambda: searched_layers(runs[DRAFT].target, text.validation))
     targets = {name: run.target for name, run in runs.items()}
     targets |= {NGRAM: targets[DRAFT], SKIP: targets[DRAFT]}
 
@@ -150,7 +151,7 @@ def measure_all(config: CompareConfig, shared: DecodingRunConfig, console: Conso
         if name == NGRAM:
             return spec_jax.NGram(gamma=gamma)
         if name == SKIP:
-            return spec_jax.LayerSkip(*skipped, gamma=gamma)
+            return spec_jax.LayerSkip(searched().skip_attention, searched().skip_feed_forward, gamma=gamma)
         return runs[name].strategy.drafter(runs[name].models, gamma)
 
     rows = []
@@ -161,9 +162,12 @@ def measure_all(config: CompareConfig, shared: DecodingRunConfig, console: Conso
             for kind in ("code", "prose")
         }
         for name, target in targets.items():
-            drafters = {f"γ = {gamma}": drafter(name, gamma) for gamma in config.gammas}
-            cell = config.output / CELLS / f"{name.replace(' ', '_')}_{batch}.json"
-            rows += kept_cell(cell, config, lambda: measure_cell(config, name, target, drafters, texts, console))  # noqa: B023
+
+            def measure() -> list[Row]:
+                drafters = {f"γ = {gamma}": drafter(name, gamma) for gamma in config.gammas}  # noqa: B023
+                return measure_cell(config, name, target, drafters, texts, console)  # noqa: B023
+
+            rows += kept_cell(config.output / CELLS / f"{name.replace(' ', '_')}_{batch}.json", config, measure)
     return rows
 
 
@@ -304,7 +308,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shared = train_all(config, console)
     rows = measure_all(config, shared, console)
     print_rows(console, rows)
-    extremes = ngram_extremes(config, shared, console)
+    extremes = kept_cell(
+        config.output / CELLS / "n-gram_extremes.json", config, lambda: ngram_extremes(config, shared, console)
+    )
     content = {"machine": machine(), "rows": [row.as_json() for row in rows + extremes]}
     (config.output / "strategies.json").write_text(json.dumps(content, indent=2) + "\n")
     save_panels(config.output / "strategies.png", panels(rows))

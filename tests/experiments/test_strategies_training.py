@@ -126,7 +126,7 @@ def test_distillation_teaches_the_draft_alone(own: bool):
 
 @pytest.mark.slow
 def test_all_strategies_are_compared(tmp_path, monkeypatch: pytest.MonkeyPatch):
-    """From training to table, JSON and figure; a second start trains nothing again."""
+    """From training to table, JSON and figure; a second start trains, searches and measures nothing again."""
     changes: dict[str, Any] = {"prompt_length": 16, "steps": 2, "checkpoint_every": 2}
     for module, config in (
         (train_draft, tiny_config(tmp_path, **changes)),
@@ -146,10 +146,14 @@ def test_all_strategies_are_compared(tmp_path, monkeypatch: pytest.MonkeyPatch):
     chosen = {row["text"]: row["temperature"] for row in rows if row["text"] in ("repetitive", "noise")}
     assert chosen == {"repetitive": 0.0, "noise": 5.0}
     assert (output / "strategies.png").read_bytes().startswith(b"\x89PNG")
+    for again in ("measure_decoding", "measure_costs", "searched_layers"):
+        monkeypatch.delattr(compare_strategies, again)
+    (output / "strategies.png").unlink()
     trained = (output / "prophet" / "metrics.jsonl").stat().st_mtime_ns
-    config = compare_strategies.CompareConfig(output=output)
-    compare_strategies.train_all(config, Console(file=io.StringIO()))
+    assert compare_strategies.main(arguments) == 0
     assert (output / "prophet" / "metrics.jsonl").stat().st_mtime_ns == trained
+    assert json.loads((output / "strategies.json").read_text())["rows"] == rows
+    assert (output / "strategies.png").exists()
 
 
 def test_prose_and_code_are_told_apart():
