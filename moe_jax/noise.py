@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from moe_jax.config import MoEConfig
@@ -60,8 +61,7 @@ def draw_noise(
         users = [("input_jitter", jitter), ("gumbel_noise", gumbel), ("the policy 'random'", draws)]
         needed = " and ".join(name for name, used in users if used)
         raise ValueError(f"key must be a PRNG key for {needed}, got None")
-    _check_key(key)
-    jitter_key, gumbel_key, uniform_key = jax.random.split(key, 3)
+    jitter_key, gumbel_key, uniform_key = jax.random.split(_checked_key(key), 3)
     before_t = jnp.arange(tokens, dtype=jnp.int32) if mask_t is None else jnp.cumsum(mask_t, dtype=jnp.int32) - mask_t
 
     def drawn(key: jax.Array, draw: Callable[..., jax.Array], size: int) -> jax.Array:
@@ -77,10 +77,24 @@ def draw_noise(
     )
 
 
-def _check_key(key: Any) -> None:
-    """Of `jax.random.key`, or the raw numbers of `jax.random.PRNGKey`."""
-    dtype, ndim = getattr(key, "dtype", None), getattr(key, "ndim", None)
-    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    if not (typed and ndim == 0) and not (dtype == jnp.uint32 and ndim == 1):
-        got = f"a {type(key).__name__}" if dtype is None else f"{key.shape} {dtype}"
-        raise ValueError(f"key must be one PRNG key, got {got}")
+def _checked_key(key: Any) -> jax.Array:
+    """The key, of `jax.random.key` or the raw numbers of `jax.random.PRNGKey`, as one of the generator that is needed.
+
+    Keys of the other generators are turned into one of "threefry2x32": under `vmap` those draw for all tokens from the
+    first one's key, so that a token's numbers would depend on the padding beside it.
+    """
+    described = isinstance(key, jax.Array | np.ndarray)
+    got = f"{key.shape} {key.dtype}" if described else f"a {type(key).__name__}"
+    refusal = ValueError(f"key must be one PRNG key, got {got}")
+    if not described:
+        raise refusal
+    if key.dtype == jnp.uint32:
+        try:
+            key = jax.random.wrap_key_data(jnp.asarray(key))
+        except TypeError:
+            raise refusal from None
+    if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.ndim:
+        raise refusal
+    if str(jax.random.key_impl(key)) == "threefry2x32":
+        return key
+    return jax.random.wrap_key_data(jax.random.bits(key, (2,), jnp.uint32), impl="threefry2x32")

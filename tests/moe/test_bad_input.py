@@ -215,6 +215,14 @@ def chosen_at_random(shape: tuple[int, int]) -> Choice:
             lambda: layer(gumbel_noise=1.0)(hidden_states(*X), train=True, key=jax.random.split(jax.random.key(0))),
             r"key must be one PRNG key, got \(2,\) key<fry>",
         ),
+        (
+            lambda: layer(gumbel_noise=1.0)(hidden_states(*X), train=True, key=anything(nnx.Rngs(0))),
+            "key must be one PRNG key, got a Rngs",
+        ),
+        (
+            lambda: layer(gumbel_noise=1.0)(hidden_states(*X), train=True, key=jnp.ones(4, jnp.uint32)),
+            r"key must be one PRNG key, got \(4,\) uint32",
+        ),
         (lambda: Experts(2, 8, -1, rngs=nnx.Rngs(0)), "hidden must be at least 1, got -1"),
         (
             lambda: FeedForward(8, 10, rngs=nnx.Rngs(0), activation=anything("gelu")),

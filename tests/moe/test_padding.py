@@ -51,6 +51,16 @@ def test_padded_equals_compacted_in_what_is_drawn(options: dict[str, Any]):
     assert (apply(moe, x[mask], key=other).outputs != compacted[0].outputs).any()
 
 
+@pytest.mark.parametrize("implementation", ["rbg", "unsafe_rbg"])
+def test_padded_equals_compacted_in_what_keys_of_other_generators_draw(implementation: str):
+    """Under `vmap` these generators draw for all tokens from the first one's key. It must not come to that."""
+    moe = layer(dispatch="ragged", gumbel_noise=1.0)
+    mask = jnp.asarray([[0, 1, 0, 1, 1, 1, 0, 0], [0, 1, 1, 1, 0, 1, 1, 1]], bool)
+    x, key = hidden_states(2, 8, 8), jax.random.key(0, impl=implementation)
+    padded, compacted = apply(moe, x, mask=mask, key=key), apply(moe, x[mask], key=key)
+    np.testing.assert_allclose(padded.outputs[mask], compacted.outputs, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("group_size", ["sequence", 5])
 def test_padded_equals_compacted_in_every_kind_of_group(group_size: int | str):
     options = {"capacity_factor_train": 1.0, "group_size": group_size, "min_capacity": 1}
