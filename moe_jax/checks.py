@@ -52,6 +52,12 @@ def function(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a function, got {value!r}")
 
 
+def array(name: str, value: Any) -> None:
+    """Raises ValueError when `value` is no array of NumPy or JAX."""
+    if not hasattr(value, "dtype"):
+        raise ValueError(f"{name} must be an array, got a {type(value).__name__}")
+
+
 def floating(name: str, dtype: Any) -> None:
     """Raises ValueError when `dtype` is no floating-point type."""
     try:

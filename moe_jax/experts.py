@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.checks import floating, function, instance, one_of, whole
+from moe_jax.checks import array, flag, floating, function, instance, one_of, whole
 from moe_jax.grouped import by_group
 from moe_jax.grouping import Grouping, OneGroup
 from moe_jax.halves import Weights
@@ -105,8 +105,8 @@ class FeedForward(nnx.Module):
       param_dtype: dtype of the weights.
 
     Raises:
-      ValueError: a width is no integer above 0, the activation no function, or an input not as wide as the weights
-        or not floating point.
+      ValueError: a width is no integer above 0, the activation no function, another argument of another kind, or an
+        input not as wide as the weights or not floating point.
 
     Source: Shazeer 2002.05202 (GEGLU); ST-MoE 2202.08906 appendix C (multiplicative bias after the gate).
     """
@@ -143,7 +143,9 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(..., D) to (..., D)."""
+        array("x", x)
         floating("x", x.dtype)
+        x = jnp.asarray(x)
         if x.shape[-1:] != (dim := self.w_in_df.shape[0],):
             raise ValueError(f"x must be (..., {dim}), got {x.shape}")
         weights = weights_by_half(x.dtype, self.w_in_df, self.b_in_f, self.mult_bias_f, self.w_out_fd, self.b_out_d)
@@ -168,8 +170,8 @@ class Experts(nnx.Module):
       param_dtype: as in `FeedForward`.
 
     Raises:
-      ValueError: a size is no integer above 0, the activation no function, or an input of other experts, another
-        width or not floating point.
+      ValueError: a size is no integer above 0, the activation no function, another argument of another kind, or an
+        input of other experts, another width or not floating point.
     """
 
     def __init__(
@@ -190,6 +192,9 @@ class Experts(nnx.Module):
             whole(name, size, 1)
         instance("rngs", rngs, nnx.Rngs)
         function("activation", activation)
+        for name, value in (("bias", bias), ("mult_bias", mult_bias), ("recompute", recompute)):
+            flag(name, value)
+        floating("param_dtype", param_dtype)
         weights = partial(initial_weights, init=init, dtype=param_dtype)
         biases = partial(initial_biases, init=init, dtype=param_dtype)
         self.activation = activation
@@ -203,12 +208,13 @@ class Experts(nnx.Module):
     def batched(self, x_ecd: jax.Array) -> jax.Array:
         """Every expert on its own C rows: (E, C, D) to (E, C, D)."""
         self._check(len(x_ecd), x_ecd)
+        x_ecd = jnp.asarray(x_ecd)
         return self._by_group(x_ecd.reshape(-1, x_ecd.shape[2]), None).reshape(x_ecd.shape)
 
     def grouped(self, x_sd: jax.Array, sizes_e: jax.Array) -> jax.Array:
         """Rows sorted by expert, `sizes_e` each: (S, D) to (S, D). Rows beyond the last expert's are undefined."""
         self._check(len(sizes_e), x_sd)
-        return self._by_group(x_sd, sizes_e)
+        return self._by_group(jnp.asarray(x_sd), sizes_e)
 
     def mixed(self, x_td: jax.Array, sent: Sent, sizes: jax.Array | int) -> jax.Array:
         """Each token's sum over its rows (see `moe_jax.dispatch.ExpertFunctions`)."""
@@ -220,6 +226,7 @@ class Experts(nnx.Module):
 
     def _check(self, routed: int, x: jax.Array) -> None:
         """Raises ValueError when rows are for other experts, of another width or no floating point."""
+        array("x", x)
         floating("x", x.dtype)
         experts, dim, _ = self.w_in_edf.shape
         # Of no rows it is not known how many they are for.

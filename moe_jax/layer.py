@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jax.sharding import Mesh
 
-from moe_jax.checks import flag, floating, instance, whole
+from moe_jax.checks import array, flag, floating, instance, whole
 from moe_jax.config import MoEConfig
 from moe_jax.dispatch import ExpertFunctions, mixture
 from moe_jax.experts import Experts, FeedForward, initial_weights
@@ -189,11 +189,14 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, dim: int, *, param_dtype: jnp.dtype | type = jnp.float32) -> None:
         whole("dim", dim, 1)
+        floating("param_dtype", param_dtype)
         self.scale_d = nnx.Param(jnp.ones(dim, param_dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(..., D) to (..., D)."""
+        array("x", x)
         floating("x", x.dtype)
+        x = jnp.asarray(x)
         if x.shape[-1:] != self.scale_d.shape:
             raise ValueError(f"x must be (..., {len(self.scale_d)}), got {x.shape}")
         wide = at_least_float32(x)
@@ -249,6 +252,7 @@ class SparseMoEBlock(nnx.Module):
     ) -> MoEOutput:
         """As `MoE.__call__`, with residuals: padding keeps its own."""
         check_call(self.moe.config, x, mask, train=train)
+        x = jnp.asarray(x)
 
         def unpadded(x: jax.Array) -> jax.Array:
             return x if mask is None else jnp.where(mask[..., None], x, 0)
@@ -298,9 +302,9 @@ def router_inputs(moe: MoE, x_td: jax.Array, mask_t: jax.Array, noise: RouterNoi
 def check_call(config: MoEConfig, x: jax.Array, mask: jax.Array | None, *, train: bool) -> None:
     """Raises ValueError when an argument does not fit the layer."""
     flag("train", train)
-    for name, value in (("x", x), ("mask", mask)):
-        if value is not None and not hasattr(value, "dtype"):
-            raise ValueError(f"{name} must be an array, got a {type(value).__name__}")
+    array("x", x)
+    if mask is not None:
+        array("mask", mask)
     got = f"{x.shape} {x.dtype}"
     if x.ndim not in (2, 3) or x.shape[-1] != config.dim or 0 in x.shape:
         raise ValueError(f"x must be (B, N, {config.dim}) or (T, {config.dim}) and not empty, got {got}")

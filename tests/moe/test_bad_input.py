@@ -165,6 +165,7 @@ def chosen_at_random(shape: tuple[int, int]) -> Choice:
         (lambda: config(param_dtype="floaty"), "param_dtype must be floating point, got floaty"),
         (lambda: layer()(hidden_states(*X), train=anything(2)), "train must be a bool, got 2"),
         (lambda: layer()(anything([[0.0] * 8]), train=True), "x must be an array, got a list"),
+        (lambda: layer()(anything(None), train=True), "x must be an array, got a NoneType"),
         (
             lambda: layer()(hidden_states(*X), train=True, mask=anything([[True] * 6] * 2)),
             "mask must be an array, got a list",
@@ -228,6 +229,15 @@ def chosen_at_random(shape: tuple[int, int]) -> Choice:
             lambda: FeedForward(8, 10, rngs=nnx.Rngs(0), activation=anything("gelu")),
             "activation must be a function, got 'gelu'",
         ),
+        (lambda: FeedForward(8, 10, rngs=nnx.Rngs(0), bias=anything("no")), "bias must be a bool, got 'no'"),
+        (lambda: FeedForward(8, 10, rngs=nnx.Rngs(0), mult_bias=anything(1)), "mult_bias must be a bool, got 1"),
+        (lambda: Experts(2, 8, 10, rngs=nnx.Rngs(0), recompute=anything(1)), "recompute must be a bool, got 1"),
+        (
+            lambda: Experts(2, 8, 10, rngs=nnx.Rngs(0), param_dtype=anything("floaty")),
+            "param_dtype must be floating point, got floaty",
+        ),
+        (lambda: FeedForward(8, 10, rngs=nnx.Rngs(0))(anything([0.0] * 8)), "x must be an array, got a list"),
+        (lambda: Experts(1, 8, 10, rngs=nnx.Rngs(0)).batched(anything([0.0])), "x must be an array, got a list"),
         (lambda: FeedForward(0, 10, rngs=nnx.Rngs(0)), "dim must be at least 1, got 0"),
         (
             lambda: FeedForward(8, 10, rngs=nnx.Rngs(0))(hidden_states(2, 7)),
@@ -243,6 +253,8 @@ def chosen_at_random(shape: tuple[int, int]) -> Choice:
         ),
         (lambda: RMSNorm(8)(jnp.ones((2, 8), jnp.int32)), "x must be floating point, got int32"),
         (lambda: RMSNorm(8)(jnp.ones((2, 1))), r"x must be \(\.\.\., 8\), got \(2, 1\)"),
+        (lambda: RMSNorm(8)(anything([0.0] * 8)), "x must be an array, got a list"),
+        (lambda: RMSNorm(8, param_dtype=jnp.int32), "param_dtype must be floating point, got"),
         (lambda: RMSNorm(0), "dim must be at least 1, got 0"),
         (
             lambda: upcycle(FeedForward(8, 10, rngs=nnx.Rngs(0)), 4, rngs=nnx.Rngs(0), bias=False, dim=9),

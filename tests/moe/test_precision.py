@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe_jax import MoE, RMSNorm, TopN
+from moe_jax import FeedForward, MoE, RMSNorm, SparseMoEBlock, TopN
 from moe_jax.layout import scaled
 from tests.moe.support import ROUTERS, apply, config, hidden_states, layer, outputs_and_gradients
 
@@ -81,6 +81,21 @@ def test_float64_stays_float64():
         moe = MoE(config(param_dtype=jnp.float64, dispatch="ragged"), rngs=nnx.Rngs(0))
         out = apply(moe, jnp.ones((4, 8), jnp.float64))
         assert out.outputs.dtype == out.balance_loss.dtype == jnp.float64
+
+
+def test_numpy_arrays_of_float64_are_taken_as_jax_takes_them():
+    """Without a warning, too: here warnings are errors."""
+    moe = layer()
+    x: Any = np.ones((2, 4, 8))
+    outputs = [
+        moe(x, train=True).outputs,
+        SparseMoEBlock(moe, add_ff_before=True, rngs=nnx.Rngs(0))(x, train=True).outputs,
+        FeedForward(8, 10, rngs=nnx.Rngs(0))(x),
+        RMSNorm(8)(x),
+        moe.experts.batched(x[0].reshape(4, 1, 8)),
+        moe.experts.grouped(x[0], jnp.ones(4, jnp.int32)),
+    ]
+    assert {out.dtype for out in outputs} == {jnp.dtype(jnp.float32)}
 
 
 def test_bfloat16_is_normed_in_float32():
