@@ -27,7 +27,8 @@ class Choice:
     """What the tokens ask for, before capacity.
 
     Attributes:
-      expert_index_ta: (T, A) int32 in [0, E), the candidates of each token, best first where some are better.
+      expert_index_ta: (T, A) int32 in [0, E), the candidates of each token, best first where some are better. No expert
+        twice: there are slots for no more assignments than tokens, even without a capacity.
       gate_ta: (T, A) float, the weight of each candidate's output in the sum. Differentiable.
       wanted_ta: (T, A) bool, whether the candidate is asked for at all. Never true for padding.
       priority_ta: (T, A) float, who is served first under slot order "priority": larger first.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from moe_jax.checks import one_of, positive, whole
+from moe_jax.checks import array, one_of, positive, whole
 from moe_jax.routing import Choice, Routing, SlotOrder
 
 SLOT_ORDERS: tuple[str, ...] = get_args(SlotOrder)
@@ -48,8 +48,12 @@ def token_groups(mask_t: jax.Array, sequence_length: int, group_size: int | str)
         sequence after sequence, and passes over padding, so that a padded batch has the groups of the compacted one.
 
     Raises:
-      ValueError: `group_size` is something else, or sequences are to be groups and the tokens no whole ones.
+      ValueError: `mask_t` is no such mask, `group_size` something else, or sequences are to be groups and the tokens no
+        whole ones.
     """
+    array("mask_t", mask_t)
+    if mask_t.ndim != 1 or mask_t.dtype != jnp.bool_:
+        raise ValueError(f"mask_t must be (T,) bool, got {mask_t.shape} {mask_t.dtype}")
     tokens = mask_t.shape[0]
     check_group_size(group_size)
     if group_size == "sequence" and (sequence_length < 1 or tokens % sequence_length):
@@ -131,13 +135,16 @@ def assign_slots(
 
     Raises:
       ValueError: `slot_order` is unknown, `capacity_factor` not positive, `min_capacity` no integer of at least 0, the
-        choice is among other experts, or there are too many queues for int32.
+        choice is among other experts, the groups are of other tokens, or there are too many queues for int32.
 
     Source: "choice": GShard 2006.16668 algorithm 1; "priority": Riquelme et al. 2106.05974 section 4.
     """
     one_of("slot_order", slot_order, SLOT_ORDERS)
     if num_experts != choice.probs_te.shape[1]:
         raise ValueError(f"num_experts must be the choice's {choice.probs_te.shape[1]}, got {num_experts}")
+    tokens = len(choice.expert_index_ta)
+    if len(groups.group_t) != tokens:
+        raise ValueError(f"groups must be of the choice's {tokens} tokens, got {len(groups.group_t)}")
     if capacity_factor is not None:
         positive("capacity_factor", capacity_factor, otherwise=", or None")
     whole("min_capacity", min_capacity, 0)

@@ -175,6 +175,8 @@ def chosen_at_random(shape: tuple[int, int]) -> Choice:
         (lambda: token_groups(jnp.ones(6, bool), 6, "row"), "group_size must be one of batch, sequence, got 'row'"),
         (lambda: token_groups(jnp.ones(6, bool), 6, 0), "group_size must be at least 1, got 0"),
         (lambda: token_groups(jnp.ones(12, bool), 5, "sequence"), "sequence_length must divide the 12 tokens, got 5"),
+        (lambda: token_groups(jnp.ones((2, 6), bool), 6, 4), r"mask_t must be \(T,\) bool, got \(2, 6\) bool"),
+        (lambda: token_groups(jnp.ones(6), 6, "batch"), r"mask_t must be \(T,\) bool, got \(6,\) float32"),
         (lambda: capacity(24, 4, 0.0, 0), "factor must be finite and positive, or None, got 0.0"),
         (lambda: capacity(24, 0, 1.0, 0), "num_experts must be at least 1, got 0"),
         (lambda: relaxed_top_k(hidden_states(2, 4), 6, iterations=3, temperature=0.1), "size must be above 0 and at"),
@@ -191,6 +193,15 @@ def chosen_at_random(shape: tuple[int, int]) -> Choice:
                 capacity_factor=None,
             ),
             "num_experts must be the choice's 4, got 3",
+        ),
+        (
+            lambda: assign_slots(
+                chosen_at_random((5, 2)),
+                token_groups(jnp.ones(1, bool), 1, "batch"),
+                num_experts=4,
+                capacity_factor=None,
+            ),
+            "groups must be of the choice's 5 tokens, got 1",
         ),
         (
             lambda: assign_slots(
