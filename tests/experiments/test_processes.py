@@ -169,8 +169,8 @@ def test_a_process_that_never_joins_ends_the_other(tmp_path):
 )
 def test_a_signal_to_one_process_stops_all(changes, tmp_path):
     """They agree that the run is not done: none writes its report, and none waits for another."""
-    config = tiny_config(tmp_path, checkpoint_every=10**6, report=True, **changes)
-    processes = start(config, tmp_path)
+    config = tiny_config(tmp_path, checkpoint_every=10**6, **changes)
+    processes = start(config, tmp_path, "--report")
     wait_until(lambda: read_metrics(config.output), processes, tmp_path)
     processes[1].send_signal(signal.SIGTERM)
     codes, outputs = finish(processes, tmp_path)
