@@ -96,7 +96,7 @@ def stop_soon_after(config, steps):
     stopping = dataclasses.replace(train_draft.task(config), on_sample=on_sample)
     code, printed = train(dataclasses.replace(config, sample_every=steps), stopping)
     assert code == 128 + signal.SIGTERM
-    assert "Stopped after step" in printed
+    assert f"Stopped after step {steps_kept(config)[-1]}; go on with --resume." in printed
 
 
 def test_the_loss_is_traced_twice_only(tmp_path):
