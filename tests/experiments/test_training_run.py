@@ -217,11 +217,15 @@ def finished(tmp_path_factory):
 def test_overwrite_replaces_a_run(tmp_path):
     config = tiny_config(tmp_path, steps=4, schedule="constant")
     train(config)
+    for name in ("report.json", "loss.png", "acceptance.png", "speedup.png", "layer_skip.json"):
+        (config.output / name).write_text("of the first run")
     (config.output / "notes.txt").write_text("mine")
     code, _ = train(dataclasses.replace(config, overwrite=True, steps=8))
     assert code == 0
     assert steps_kept(config) == [4, 8]
     assert (config.output / "notes.txt").read_text() == "mine"
+    left = {"notes.txt", "checkpoints", "configuration.json", "metrics.jsonl", "tensorboard"}
+    assert {path.name for path in config.output.iterdir()} == left
     # Where no schedule depends on the number of steps, a longer run is not taken for a shorter one.
     message = "steps must be at least the 8 that .*run has trained, got 4"
     with pytest.raises(ValueError, match=message):
