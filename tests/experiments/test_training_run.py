@@ -272,7 +272,7 @@ def test_a_study_deletes_only_what_it_began(tmp_path, monkeypatch: pytest.Monkey
 def test_a_study_goes_on_with_its_own_run_and_not_past_its_end(finished, monkeypatch: pytest.MonkeyPatch):
     config = tiny_config(finished, steps=4)
     started = []
-    monkeypatch.setattr(session, "run", lambda config, *_, **__: started.append(config) or 0)
+    monkeypatch.setattr(session, "run", lambda config, *_, **words: started.append((config, words)) or 0)
 
     def start(**changes: Any) -> int:
         changed = dataclasses.replace(config, **changes)
@@ -286,7 +286,10 @@ def test_a_study_goes_on_with_its_own_run_and_not_past_its_end(finished, monkeyp
     assert found is not None
     monkeypatch.setattr(session, "newest", lambda _: (2, found[1]))
     assert start() == 0
-    assert started == [dataclasses.replace(config, resume=True)]
+    monkeypatch.setattr(session, "newest", lambda _: None)
+    assert start() == 0
+    words = {"go_on": "the same command"}
+    assert started == [(dataclasses.replace(config, **{how: True}), words) for how in ("resume", "overwrite")]
 
 
 def test_wandb_that_is_not_installed(finished, monkeypatch):
