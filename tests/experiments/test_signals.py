@@ -1,15 +1,19 @@
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+import types
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments import check_resume, signals
+from experiments import check_resume, signals, training
 from experiments.checkpoints import open_run
 from experiments.metrics import read_metrics
 from experiments.signals import StopRequest
@@ -76,3 +80,62 @@ def test_a_signal_that_comes_while_processes_agree_is_not_lost(monkeypatch: pyte
     monkeypatch.setattr(signals.multihost_utils, "process_allgather", gather)
     assert [stop.agreed(), stop.agreed()] == [None, signal.SIGTERM]
     assert stop.exit_code == 128 + signal.SIGTERM
+
+
+def test_a_signal_to_another_process_is_this_ones_too(monkeypatch: pytest.MonkeyPatch):
+    """Which it learns of at the next step at which they ask each other."""
+    to = types.SimpleNamespace(stop=StopRequest(Console()))
+    loop: Any = types.SimpleNamespace(config=types.SimpleNamespace(log_every=2), to=to)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(signals.multihost_utils, "process_allgather", lambda mine: np.array([mine, signal.SIGTERM]))
+    assert [training._Loop.asked_to_stop(loop, step) for step in (1, 2)] == [False, True]
+    assert to.stop.signal == signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("received", "code", "ended"),
+    [
+        ((), 0, []),
+        ((signal.SIGCHLD,), 0, []),
+        ((signal.SIGCHLD, signal.SIGTERM), 143, []),
+        ((signal.SIGTERM, signal.SIGTERM), 143, []),
+        ((signal.SIGINT, signal.SIGTERM), 130, []),
+        ((signal.SIGTERM, signal.SIGINT), 143, [130]),
+    ],
+)
+def test_the_first_signal_counts_and_only_a_second_interrupt_ends(
+    received: tuple[int, ...], code: int, ended: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    reader, writer = socket.socketpair()
+    with writer:
+        writer.sendall(bytes(received))
+    stop = StopRequest(Console(quiet=True))
+    stop._listen(reader)
+    assert (stop.exit_code, codes) == (code, ended)
+
+
+def test_signals_have_their_usual_effect_afterwards():
+    def handlers() -> list[Any]:
+        return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    before = handlers()
+    with StopRequest(Console(quiet=True)):
+        assert handlers() != before
+    assert handlers() == before
+    # The number of a closed socket may be that of a file by now, which a signal would be written to.
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_a_run_in_a_thread_goes_without_signals():
+    entered = []
+
+    def enter() -> None:
+        with StopRequest(Console(quiet=True)) as stop:
+            entered.append(stop.signal)
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert entered == [None]
