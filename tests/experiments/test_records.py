@@ -4,6 +4,7 @@ import collections
 import contextlib
 import dataclasses
 import re
+import sys
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +17,7 @@ from experiments import metrics, train_draft, training
 from experiments.data import load_text, validation_batches
 from experiments.generate import load_run
 from experiments.metrics import Metrics, read_metrics
+from experiments.output import read_configuration
 from tests.experiments.runs import tiny_config, train
 
 
@@ -102,3 +104,19 @@ def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path):
     with Metrics(tmp_path, first_step=1) as written:
         written.write(2, {"train/loss": 3.0})
     assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2, "train/loss": 3.0}]
+
+
+def test_weights_and_biases_gets_every_record(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    begun, logged, ended = [], [], []
+    project = types.SimpleNamespace(
+        log=lambda values, *, step: logged.append({"step": step, **values}), finish=lambda: ended.append(True)
+    )
+    wandb = types.SimpleNamespace(init=lambda **arguments: begun.append(arguments) or project)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    config = tiny_config(tmp_path, steps=2, wandb="project")
+    train(config)
+    assert [(one["project"], one["resume"]) for one in begun] == [("project", "allow")]
+    assert begun[0]["config"] == read_configuration(config.output)
+    assert logged == read_metrics(config.output)
+    assert len(logged) == 2
+    assert ended == [True]
