@@ -16,18 +16,22 @@ PAUSE_SECONDS = 1000
 
 
 def test_compiling_and_samples_do_not_slow_the_training(tmp_path, monkeypatch: pytest.MonkeyPatch):
-    """The clock goes on by a thousand seconds in each sample, and none of them counts; nor does the first step."""
-    pauses = []
+    """The clock goes on by a thousand seconds in each sample, and none of them counts; nor does the first step.
+
+    All steps before a sample are recorded first, for what of them ran in its pause would not be timed.
+    """
+    pauses, recorded = [], []
     clock = types.SimpleNamespace(perf_counter=lambda: time.perf_counter() + PAUSE_SECONDS * len(pauses))
     monkeypatch.setattr(training, "time", clock)
 
     def slow_sample(*_: Any) -> None:
         pauses.append(1)
+        recorded.append(read_metrics(config.output)[-1]["step"])
 
     config = tiny_config(tmp_path, steps=4, log_every=1, sample_every=1)
     _, printed = train(config, dataclasses.replace(train_draft.task(config), on_sample=slow_sample))
     speeds = [record["tokens_per_second"] for record in read_metrics(config.output) if "tokens_per_second" in record]
-    assert len(pauses) == 4
+    assert recorded == [1, 2, 3, 4]
     assert len(speeds) == printed.count("tokens/s") == 3
     assert min(speeds) > config.tokens_per_step / PAUSE_SECONDS
 
