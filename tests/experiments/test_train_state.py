@@ -82,6 +82,29 @@ def test_each_model_is_clipped_by_itself():
     np.testing.assert_allclose(state.models["draft"], -0.01)
 
 
+def test_steps_are_those_of_optax():
+    """Each model's optimiser goes on from its own state."""
+    curvatures = {"target": 1.0, "draft": 3.0}
+
+    def bowl(models, tokens_bt):
+        del tokens_bt
+        return sum((c * (models[name] ** 2).sum() / 2 for name, c in curvatures.items()), jnp.zeros(())), {}
+
+    start = {"target": jnp.array([1.0, -2.0]), "draft": jnp.array([3.0, 4.0])}
+    optimizer = optax.adam(optax.linear_schedule(0.0, 0.1, 4))
+    state = TrainState.create(jax.tree.map(jnp.copy, start), optimizer)
+    step = make_train_step(bowl, optimizer)
+    for _ in range(4):
+        state, _ = step(state, jnp.zeros((1, 2, 3), jnp.int32))
+    for name, curvature in curvatures.items():
+        weights: typing.Any = start[name]
+        optimizer_state = optimizer.init(weights)
+        for _ in range(4):
+            updates, optimizer_state = optimizer.update(curvature * weights, optimizer_state)
+            weights = optax.apply_updates(weights, updates)
+        np.testing.assert_allclose(state.models[name], weights, rtol=1e-6)
+
+
 def test_eight_devices_train_as_one():
     batch = tokens(2, 8, 9)
     types = (AxisType.Auto, AxisType.Auto)
