@@ -292,6 +292,25 @@ def test_a_study_goes_on_with_its_own_run_and_not_past_its_end(finished, monkeyp
     assert started == [(dataclasses.replace(config, **{how: True}), words) for how in ("resume", "overwrite")]
 
 
+def test_the_report_is_of_the_trained_models(tmp_path):
+    """And there is none where none is asked for."""
+    config = tiny_config(tmp_path, steps=2, prompt_length=8)
+    reported = []
+
+    def on_report(models, text, console, configuration):
+        reported.append((leaves(models), text.name, configuration))
+
+    for report in (False, True):
+        reporting = dataclasses.replace(config, report=report, overwrite=report)
+        train(reporting, dataclasses.replace(train_draft.task(reporting), on_report=on_report))
+    ((models, name, configuration),) = reported
+    with open_run(config.output) as checkpoints:
+        saved = checkpoints.restore(2, {"models": train_draft.make_models(config)})["models"]
+        assert (name, configuration) == ("text.txt", checkpoints.configuration(2))
+    for a, b in zip(models, leaves(saved), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_wandb_that_is_not_installed(finished, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     config = tiny_config(finished, wandb="project", overwrite=True)
