@@ -17,7 +17,7 @@ from experiments import metrics, train_draft, training
 from experiments.data import load_text, validation_batches
 from experiments.generate import load_run
 from experiments.metrics import Metrics, read_metrics
-from experiments.output import read_configuration
+from experiments.output import CONFIGURATION, read_configuration, write_configuration
 from tests.experiments.runs import tiny_config, train
 
 
@@ -120,3 +120,11 @@ def test_weights_and_biases_gets_every_record(tmp_path, monkeypatch: pytest.Monk
     assert logged == read_metrics(config.output)
     assert len(logged) == 2
     assert ended == [True]
+
+
+def test_a_configuration_that_a_kill_cut_off_is_none(tmp_path):
+    write_configuration(tmp_path, {"seed": 3})
+    assert read_configuration(tmp_path) == {"seed": 3}
+    path = tmp_path / CONFIGURATION
+    path.write_text(path.read_text()[:-3])
+    assert read_configuration(tmp_path) is None
