@@ -31,7 +31,7 @@ from experiments.decoding_run import DecodingRunConfig
 from experiments.figures import Panel, save_panels
 from experiments.generate import load_run
 from experiments.measure import PLAIN, Measurement, measure_costs, measure_decoding
-from experiments.output import make_folder
+from experiments.output import make_folder, write_whole
 from experiments.report import machine
 from experiments.runtime import exit_with, require_one_process, use_compilation_cache
 from experiments.session import Task, finish
@@ -206,10 +206,7 @@ def kept_cell(path: pathlib.Path, config: CompareConfig, measure: Callable[[], l
         return [Row.from_json(row) for row in kept["rows"]]
     rows = measure()
     path.parent.mkdir(exist_ok=True)
-    # Under its name only when it is whole.
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps({"how": how, "rows": [row.as_json() for row in rows]}, indent=2) + "\n")
-    unfinished.replace(path)
+    write_whole(path, json.dumps({"how": how, "rows": [row.as_json() for row in rows]}, indent=2) + "\n")
     return rows
 
 

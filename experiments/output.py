@@ -78,7 +78,14 @@ def prepare_output(output: pathlib.Path, *, resume: bool, overwrite: bool) -> No
 
 def write_configuration(output: pathlib.Path, configuration: Mapping[str, Any]) -> None:
     """Says, before there is a checkpoint, which run has begun in a folder."""
-    (output / CONFIGURATION).write_text(json.dumps(configuration, indent=1) + "\n")
+    write_whole(output / CONFIGURATION, json.dumps(configuration, indent=1) + "\n")
+
+
+def write_whole(file: pathlib.Path, text: str) -> None:
+    """Writes a file that a kill leaves as it was or whole."""
+    unfinished = file.with_name(f"{file.name}.unfinished")
+    unfinished.write_text(text)
+    unfinished.replace(file)
 
 
 def read_configuration(output: pathlib.Path) -> Any:

@@ -47,3 +47,8 @@ def train(config: RunConfig, task: Task | None = None) -> tuple[int, str]:
 
 def leaves(tree) -> list[np.ndarray]:
     return [np.asarray(x) for x in jax.tree.leaves(tree)]
+
+
+def steps_kept(config: RunConfig) -> list[int]:
+    """Steps of which there is a checkpoint."""
+    return sorted(int(path.name) for path in (config.output / "checkpoints").iterdir())

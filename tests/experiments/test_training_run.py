@@ -14,7 +14,7 @@ import pytest
 from jax.core import Tracer
 from rich.console import Console
 
-from experiments import session, train_draft, training
+from experiments import train_draft, training
 from experiments.checkpoints import open_run
 from experiments.data import batch_at, load_text
 from experiments.decoding_run import prompt
@@ -23,17 +23,13 @@ from experiments.runtime import exit_with
 from experiments.session import finish
 from experiments.train_state import TrainState, shard_rows
 from experiments.training import NonFiniteLossError, state_parts
-from tests.experiments.runs import leaves, tiny_config, train
+from tests.experiments.runs import leaves, steps_kept, tiny_config, train
 
 
 def checkpoint(config, step):
     template = TrainState.create(train_draft.make_models(config), config.optimizer())
     with open_run(config.output) as checkpoints:
         return leaves(checkpoints.restore(step, state_parts(template)))
-
-
-def steps_kept(config):
-    return sorted(int(path.name) for path in (config.output / "checkpoints").iterdir())
 
 
 def test_a_run_leaves_checkpoints_and_metrics(tmp_path):
@@ -232,64 +228,6 @@ def test_overwrite_replaces_a_run(tmp_path):
         train(dataclasses.replace(config, resume=True))
     with pytest.raises(ValueError, match=message):
         finish(config, train_draft.task(config), Console(quiet=True))
-
-
-def test_a_study_deletes_only_what_it_began(tmp_path, monkeypatch: pytest.MonkeyPatch):
-    """A run without a checkpoint begins anew; somebody else's files are left alone."""
-    config = tiny_config(tmp_path, steps=4)
-
-    def start() -> int:
-        return finish(config, train_draft.task(config), Console(quiet=True))
-
-    mine = config.output / "checkpoints" / "mine"
-    mine.mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"output must be a folder without a run, got .*, which holds checkpoints"):
-        start()
-    assert mine.is_dir()
-    mine.rmdir()
-    (config.output / "checkpoints").rmdir()
-
-    def dies(*_) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(session, "_train", dies)
-        with pytest.raises(KeyboardInterrupt):
-            start()
-        (config.output / "report.json").write_text("of the first start")
-        with pytest.raises(KeyboardInterrupt):
-            start()
-        assert not (config.output / "report.json").exists()
-    (config.output / "report.json").write_text("of the second start")
-    other = dataclasses.replace(config, seed=1)
-    with pytest.raises(ValueError, match="output must be a folder without a run"):
-        finish(other, train_draft.task(other), Console(quiet=True))
-    assert start() == 0
-    assert not (config.output / "report.json").exists()
-    assert steps_kept(config) == [4]
-
-
-def test_a_study_goes_on_with_its_own_run_and_not_past_its_end(finished, monkeypatch: pytest.MonkeyPatch):
-    config = tiny_config(finished, steps=4)
-    started = []
-    monkeypatch.setattr(session, "run", lambda config, *_, **words: started.append((config, words)) or 0)
-
-    def start(**changes: Any) -> int:
-        changed = dataclasses.replace(config, **changes)
-        return finish(changed, train_draft.task(changed), Console(quiet=True))
-
-    assert start() == 0
-    with pytest.raises(ValueError, match=r"output must hold this run or none, got .* with seed: expected 0, got 1"):
-        start(seed=1)
-    assert not started
-    found = session.newest(config.output)
-    assert found is not None
-    monkeypatch.setattr(session, "newest", lambda _: (2, found[1]))
-    assert start() == 0
-    monkeypatch.setattr(session, "newest", lambda _: None)
-    assert start() == 0
-    words = {"go_on": "the same command"}
-    assert started == [(dataclasses.replace(config, **{how: True}), words) for how in ("resume", "overwrite")]
 
 
 def test_the_report_is_of_the_trained_models(tmp_path):

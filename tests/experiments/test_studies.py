@@ -1,0 +1,70 @@
+"""Runs that are parts of a study: started again, they go on, or begin anew, or are done."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from experiments import session, train_draft
+from experiments.session import finish
+from tests.experiments.runs import steps_kept, tiny_config, train
+
+
+def test_a_study_deletes_only_what_it_began(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """A run without a checkpoint begins anew; somebody else's files are left alone."""
+    config = tiny_config(tmp_path, steps=4)
+
+    def start() -> int:
+        return finish(config, train_draft.task(config), Console(quiet=True))
+
+    mine = config.output / "checkpoints" / "mine"
+    mine.mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"output must be a folder without a run, got .*, which holds checkpoints"):
+        start()
+    assert mine.is_dir()
+    mine.rmdir()
+    (config.output / "checkpoints").rmdir()
+
+    def dies(*_) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(session, "_train", dies)
+        with pytest.raises(KeyboardInterrupt):
+            start()
+        (config.output / "report.json").write_text("of the first start")
+        with pytest.raises(KeyboardInterrupt):
+            start()
+        assert not (config.output / "report.json").exists()
+    (config.output / "report.json").write_text("of the second start")
+    other = dataclasses.replace(config, seed=1)
+    with pytest.raises(ValueError, match="output must be a folder without a run"):
+        finish(other, train_draft.task(other), Console(quiet=True))
+    assert start() == 0
+    assert not (config.output / "report.json").exists()
+    assert steps_kept(config) == [4]
+
+
+def test_a_study_goes_on_with_its_own_run_and_not_past_its_end(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    config = tiny_config(tmp_path, steps=4)
+    train(config)
+    started = []
+    monkeypatch.setattr(session, "run", lambda config, *_, **words: started.append((config, words)) or 0)
+
+    def start(**changes: Any) -> int:
+        changed = dataclasses.replace(config, **changes)
+        return finish(changed, train_draft.task(changed), Console(quiet=True))
+
+    assert start() == 0
+    with pytest.raises(ValueError, match=r"output must hold this run or none, got .* with seed: expected 0, got 1"):
+        start(seed=1)
+    assert not started
+    found = session.newest(config.output)
+    assert found is not None
+    monkeypatch.setattr(session, "newest", lambda _: (2, found[1]))
+    assert start() == 0
+    monkeypatch.setattr(session, "newest", lambda _: None)
+    assert start() == 0
+    words = {"go_on": "the same command"}
+    assert started == [(dataclasses.replace(config, **{how: True}), words) for how in ("resume", "overwrite")]
