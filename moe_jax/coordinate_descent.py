@@ -7,7 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from moe_jax.checks import number, positive, whole
+from moe_jax.checks import floating, number, positive, whole
 from moe_jax.routing import TopN
 
 
@@ -82,10 +82,11 @@ def relaxed_top_k(scores_te: jax.Array, size: float, *, iterations: int, tempera
       temperature: weight of the entropy, in units of the scores.
 
     Raises:
-      ValueError: an argument is out of range.
+      ValueError: the scores are not floating point, or an argument is out of range.
 
     Source: CoLT5 2303.09752; Wright 1502.04759.
     """
+    floating("scores_te", scores_te.dtype)
     positive("temperature", temperature)
     whole("iterations", iterations, 1)
     if not 0 < size <= scores_te.shape[-1]:

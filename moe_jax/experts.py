@@ -207,6 +207,9 @@ class Experts(nnx.Module):
 
     def batched(self, x_ecd: jax.Array) -> jax.Array:
         """Every expert on its own C rows: (E, C, D) to (E, C, D)."""
+        array("x", x_ecd)
+        if x_ecd.ndim != 3:
+            raise ValueError(f"x must be (E, C, D), got {x_ecd.shape}")
         self._check(len(x_ecd), x_ecd)
         x_ecd = jnp.asarray(x_ecd)
         return self._by_group(x_ecd.reshape(-1, x_ecd.shape[2]), None).reshape(x_ecd.shape)

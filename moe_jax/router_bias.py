@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe_jax.checks import floating, number
+
 # Loads this close to the mean, relative to it, are at the mean: float32 sums are no more exact.
 ROUNDING = 1e-6
 
@@ -29,16 +31,19 @@ def updated_router_bias(bias_e: jax.Array, load_e: jax.Array, rate: float = 1e-3
       bias_e: (E,) float.
       load_e: (E,) each expert's share of the assignments of this step, before capacity (`Metrics.load_e`); over a
         mesh, of all devices.
-      rate: step in units of the scores.
+      rate: step in units of the scores; an array, as of a schedule, is not checked.
 
     Returns:
       (E,) in the dtype of `bias_e`, a new array.
 
     Raises:
-      ValueError: the shapes differ.
+      ValueError: the bias is not floating point, the shapes differ, or `rate` is no finite number of at least 0.
 
     Source: DeepSeek-V3 2412.19437 section 2.1.2; Wang et al. 2408.15664 algorithm 1.
     """
+    floating("bias_e", bias_e.dtype)
+    if not isinstance(rate, jax.Array):
+        number("rate", rate, 0)
     if load_e.shape != bias_e.shape:
         raise ValueError(f"load_e must be {bias_e.shape}, as bias_e is, got {load_e.shape}")
     mean = load_e.mean()

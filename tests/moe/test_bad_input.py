@@ -179,6 +179,10 @@ def chosen_at_random(shape: tuple[int, int]) -> Choice:
         (lambda: token_groups(jnp.ones(6), 6, "batch"), r"mask_t must be \(T,\) bool, got \(6,\) float32"),
         (lambda: capacity(24, 4, 0.0, 0), "factor must be finite and positive, or None, got 0.0"),
         (lambda: capacity(24, 0, 1.0, 0), "num_experts must be at least 1, got 0"),
+        (
+            lambda: relaxed_top_k(jnp.zeros((2, 4), jnp.int32), 2, iterations=3, temperature=0.1),
+            "scores_te must be floating point, got int32",
+        ),
         (lambda: relaxed_top_k(hidden_states(2, 4), 6, iterations=3, temperature=0.1), "size must be above 0 and at"),
         (
             lambda: relaxed_top_k(hidden_states(2, 4), 2, iterations=3, temperature=0.0),
@@ -249,6 +253,7 @@ def chosen_at_random(shape: tuple[int, int]) -> Choice:
         ),
         (lambda: FeedForward(8, 10, rngs=nnx.Rngs(0))(anything([0.0] * 8)), "x must be an array, got a list"),
         (lambda: Experts(1, 8, 10, rngs=nnx.Rngs(0)).batched(anything([0.0])), "x must be an array, got a list"),
+        (lambda: Experts(1, 8, 10, rngs=nnx.Rngs(0)).batched(hidden_states(1, 8)), r"x must be \(E, C, D\), got"),
         (lambda: FeedForward(0, 10, rngs=nnx.Rngs(0)), "dim must be at least 1, got 0"),
         (
             lambda: FeedForward(8, 10, rngs=nnx.Rngs(0))(hidden_states(2, 7)),
@@ -270,6 +275,14 @@ def chosen_at_random(shape: tuple[int, int]) -> Choice:
         (
             lambda: upcycle(FeedForward(8, 10, rngs=nnx.Rngs(0)), 4, rngs=nnx.Rngs(0), bias=False, dim=9),
             "options must leave to the dense layer what it determines, got bias, dim",
+        ),
+        (
+            lambda: updated_router_bias(jnp.zeros(3, jnp.int32), jnp.zeros(3)),
+            "bias_e must be floating point, got int32",
+        ),
+        (
+            lambda: updated_router_bias(jnp.zeros(3), jnp.zeros(3), float("nan")),
+            "rate must be finite and at least 0, got nan",
         ),
         (lambda: updated_router_bias(jnp.zeros(3), jnp.zeros((2, 3))), r"load_e must be \(3,\), .* got \(2, 3\)"),
         (lambda: moe_from_torch({}, dim=8, gating_top_n=3, num_experts=2), "gating_top_n must be at most num_experts"),
