@@ -261,16 +261,6 @@ def over_experts(config: Config) -> Iterable[Row]:
                 )
 
 
-def _check_kept(kept: Mapping[str, int], apart: int) -> None:
-    """Raises RuntimeError where the numbers of assignments kept differ by more than tokens routed apart explain."""
-    if max(kept.values()) - min(kept.values()) > apart:
-        raise RuntimeError(f"as many assignments must be kept for times to be compared, got {kept}")
-
-
-def _kept(metrics: moe_jax.Metrics, x: jax.Array) -> int:
-    return round(float((metrics.wanted_a * (1 - metrics.dropped_a)).sum()) * x.shape[0] * x.shape[1])
-
-
 def over_meshes(config: Config) -> Iterable[Row]:
     """A sequence of `shape` on each device of every mesh: compiled, not run."""
     meshes = [mesh_costs.parsed_mesh(text) for text in config.mesh]
@@ -280,6 +270,16 @@ def over_meshes(config: Config) -> Iterable[Row]:
     if needed > jax.device_count():
         raise ValueError(f"mesh must fit the {jax.device_count()} devices, got {' '.join(config.mesh)}")
     return mesh_costs.over_meshes(meshes, dim=config.dim, num_experts=config.num_experts, length=config.shape[1])
+
+
+def _check_kept(kept: Mapping[str, int], apart: int) -> None:
+    """Raises RuntimeError where the numbers of assignments kept differ by more than tokens routed apart explain."""
+    if max(kept.values()) - min(kept.values()) > apart:
+        raise RuntimeError(f"as many assignments must be kept for times to be compared, got {kept}")
+
+
+def _kept(metrics: moe_jax.Metrics, x: jax.Array) -> int:
+    return round(float((metrics.wanted_a * (1 - metrics.dropped_a)).sum()) * x.shape[0] * x.shape[1])
 
 
 def _agreement(ours: jax.Array, theirs: np.ndarray) -> Row:

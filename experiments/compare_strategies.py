@@ -11,10 +11,10 @@ one ended.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -143,7 +143,7 @@ def measure_all(config: CompareConfig, shared: DecodingRunConfig, console: Conso
     runs = {name: load_run(config.output / name.replace(" ", "_")) for name in TRAINED}
     text = load_text(shared.data)
     # Searched where a cell is measured that skips layers.
-    searched = functools.cache(lambda: searched_layers(runs[DRAFT].target, text.validation))
+    searched = cache(lambda: searched_layers(runs[DRAFT].target, text.validation))
     targets = {name: run.target for name, run in runs.items()}
     targets |= {NGRAM: targets[DRAFT], SKIP: targets[DRAFT]}
 
@@ -162,12 +162,9 @@ def measure_all(config: CompareConfig, shared: DecodingRunConfig, console: Conso
             for kind in ("code", "prose")
         }
         for name, target in targets.items():
-
-            def measure() -> list[Row]:
-                drafters = {f"γ = {gamma}": drafter(name, gamma) for gamma in config.gammas}  # noqa: B023
-                return measure_cell(config, name, target, drafters, texts, console)  # noqa: B023
-
-            rows += kept_cell(config.output / CELLS / f"{name.replace(' ', '_')}_{batch}.json", config, measure)
+            cell = config.output / CELLS / f"{name.replace(' ', '_')}_{batch}.json"
+            measure = partial(measure_cell, config, name, target, partial(drafter, name), texts, console)
+            rows += kept_cell(cell, config, measure)
     return rows
 
 
@@ -175,11 +172,12 @@ def measure_cell(
     config: CompareConfig,
     name: str,
     target: Any,
-    drafters: Mapping[str, spec_jax.Drafter],
+    drafter: Callable[[int], spec_jax.Drafter],
     texts: Mapping[str, np.ndarray],
     console: Console,
 ) -> list[Row]:
     """One strategy at one batch size: every gamma, temperature and kind of text (repeats, B, P)."""
+    drafters = {f"γ = {gamma}": drafter(gamma) for gamma in config.gammas}
     rows = []
     common: dict[str, Any] = {"max_new_tokens": config.generate_length}
     costs = measure_costs(target, drafters, texts["code"][0], sampling=spec_jax.Sampling(), **common)
@@ -305,9 +303,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shared = train_all(config, console)
     rows = measure_all(config, shared, console)
     print_rows(console, rows)
-    extremes = kept_cell(
-        config.output / CELLS / "n-gram_extremes.json", config, lambda: ngram_extremes(config, shared, console)
-    )
+    cell = config.output / CELLS / "n-gram_extremes.json"
+    extremes = kept_cell(cell, config, partial(ngram_extremes, config, shared, console))
     content = {"machine": machine(), "rows": [row.as_json() for row in rows + extremes]}
     (config.output / "strategies.json").write_text(json.dumps(content, indent=2) + "\n")
     save_panels(config.output / "strategies.png", panels(rows))

@@ -5,6 +5,7 @@ import numbers
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 
@@ -66,6 +67,17 @@ def floating(name: str, dtype: Any) -> None:
         fits = False
     if not fits:
         raise ValueError(f"{name} must be floating point, got {dtype}")
+
+
+def floating_array(name: str, value: Any) -> jax.Array:
+    """The array, as JAX's.
+
+    Raises:
+      ValueError: it is none, or not floating point.
+    """
+    array(name, value)
+    floating(name, value.dtype)
+    return jnp.asarray(value)
 
 
 def renamed(error: ValueError, names: Mapping[str, str], prefix: str = "") -> ValueError:

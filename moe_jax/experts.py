@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.checks import array, flag, floating, function, instance, one_of, whole
+from moe_jax.checks import flag, floating, floating_array, function, instance, one_of, whole
 from moe_jax.grouped import by_group
 from moe_jax.grouping import Grouping, OneGroup
 from moe_jax.halves import Weights
@@ -143,9 +143,7 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(..., D) to (..., D)."""
-        array("x", x)
-        floating("x", x.dtype)
-        x = jnp.asarray(x)
+        x = floating_array("x", x)
         if x.shape[-1:] != (dim := self.w_in_df.shape[0],):
             raise ValueError(f"x must be (..., {dim}), got {x.shape}")
         weights = weights_by_half(x.dtype, self.w_in_df, self.b_in_f, self.mult_bias_f, self.w_out_fd, self.b_out_d)
@@ -207,20 +205,21 @@ class Experts(nnx.Module):
 
     def batched(self, x_ecd: jax.Array) -> jax.Array:
         """Every expert on its own C rows: (E, C, D) to (E, C, D)."""
-        array("x", x_ecd)
+        x_ecd = floating_array("x", x_ecd)
         if x_ecd.ndim != 3:
             raise ValueError(f"x must be (E, C, D), got {x_ecd.shape}")
         self._check(len(x_ecd), x_ecd)
-        x_ecd = jnp.asarray(x_ecd)
         return self._by_group(x_ecd.reshape(-1, x_ecd.shape[2]), None).reshape(x_ecd.shape)
 
     def grouped(self, x_sd: jax.Array, sizes_e: jax.Array) -> jax.Array:
         """Rows sorted by expert, `sizes_e` each: (S, D) to (S, D). Rows beyond the last expert's are undefined."""
+        x_sd = floating_array("x", x_sd)
         self._check(len(sizes_e), x_sd)
-        return self._by_group(jnp.asarray(x_sd), sizes_e)
+        return self._by_group(x_sd, sizes_e)
 
     def mixed(self, x_td: jax.Array, sent: Sent, sizes: jax.Array | int) -> jax.Array:
         """Each token's sum over its rows (see `moe_jax.dispatch.ExpertFunctions`)."""
+        x_td = floating_array("x", x_td)
         if isinstance(sizes, int):
             self._check(len(sent.gate_s) // max(sizes, 1), x_td)
             return self._by_group(x_td, None, sent)
@@ -228,9 +227,7 @@ class Experts(nnx.Module):
         return self._by_group(x_td, sizes, sent)
 
     def _check(self, routed: int, x: jax.Array) -> None:
-        """Raises ValueError when rows are for other experts, of another width or no floating point."""
-        array("x", x)
-        floating("x", x.dtype)
+        """Raises ValueError when rows are for other experts or of another width."""
         experts, dim, _ = self.w_in_edf.shape
         # Of no rows it is not known how many they are for.
         if routed not in (0, experts):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jax.sharding import Mesh
 
-from moe_jax.checks import array, flag, floating, instance, whole
+from moe_jax.checks import array, flag, floating, floating_array, instance, whole
 from moe_jax.config import MoEConfig
 from moe_jax.dispatch import ExpertFunctions, mixture
 from moe_jax.experts import Experts, FeedForward, initial_weights
@@ -194,9 +194,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(..., D) to (..., D)."""
-        array("x", x)
-        floating("x", x.dtype)
-        x = jnp.asarray(x)
+        x = floating_array("x", x)
         if x.shape[-1:] != self.scale_d.shape:
             raise ValueError(f"x must be (..., {len(self.scale_d)}), got {x.shape}")
         wide = at_least_float32(x)

@@ -18,6 +18,7 @@ from moe_jax import (
     MoEConfig,
     RMSNorm,
     RouterInputs,
+    Routing,
     SparseMoEBlock,
     TopN,
     assign_slots,
@@ -44,6 +45,13 @@ X = (2, 6, 8)
 def chosen_at_random(shape: tuple[int, int]) -> Choice:
     logits_te, mask_t = hidden_states(5, 4), jnp.ones(5, bool)
     return TopN().choose(RouterInputs(logits_te, logits_te, mask_t, uniform_ta=jnp.zeros(shape)), train=True)
+
+
+def slots_of_five_tokens(*, grouped: int = 5, **changes: Any) -> Routing:
+    """Of five tokens' choice among four experts, beside groups of so many tokens."""
+    groups = token_groups(jnp.ones(grouped, bool), grouped, "batch")
+    options: dict[str, Any] = {"num_experts": 4, "capacity_factor": None} | changes
+    return assign_slots(chosen_at_random((5, 2)), groups, **options)
 
 
 @pytest.mark.parametrize(
@@ -189,34 +197,9 @@ def chosen_at_random(shape: tuple[int, int]) -> Choice:
             "temperature must be finite and positive",
         ),
         (lambda: chosen_at_random((5, 1)), r"uniform_ta must be \(5, 2\) numbers .* got \(5, 1\)"),
-        (
-            lambda: assign_slots(
-                chosen_at_random((5, 2)),
-                token_groups(jnp.ones(5, bool), 5, "batch"),
-                num_experts=3,
-                capacity_factor=None,
-            ),
-            "num_experts must be the choice's 4, got 3",
-        ),
-        (
-            lambda: assign_slots(
-                chosen_at_random((5, 2)),
-                token_groups(jnp.ones(1, bool), 1, "batch"),
-                num_experts=4,
-                capacity_factor=None,
-            ),
-            "groups must be of the choice's 5 tokens, got 1",
-        ),
-        (
-            lambda: assign_slots(
-                chosen_at_random((5, 2)),
-                token_groups(jnp.ones(5, bool), 5, "batch"),
-                num_experts=4,
-                capacity_factor=None,
-                min_capacity=anything(2.5),
-            ),
-            "min_capacity must be an integer, got 2.5",
-        ),
+        (lambda: slots_of_five_tokens(num_experts=3), "num_experts must be the choice's 4, got 3"),
+        (lambda: slots_of_five_tokens(grouped=1), "groups must be of the choice's 5 tokens, got 1"),
+        (lambda: slots_of_five_tokens(min_capacity=2.5), "min_capacity must be an integer, got 2.5"),
         (lambda: SparseMoEBlock(layer()), "rngs must be nnx.Rngs when a feed-forward is added, got None"),
         (lambda: SparseMoEBlock(layer(), add_ff_after=anything("no")), "add_ff_after must be a bool, got 'no'"),
         (lambda: MoE(anything("small"), rngs=nnx.Rngs(0)), "config must be a MoEConfig, got 'small'"),
