@@ -1,19 +1,22 @@
 """Every test sees 8 CPU devices, strict shapes, quick compiles, and a compilation cache shared between runs."""
 
+import gc
 import os
 import pathlib
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("SPEC_JAX_TEST_PLATFORM", "cpu")
 # Most programs of tests run once, and what optimises them would take longer than it saves, here and in the processes
-# that tests start. Modules whose programs run long have OPTIMISED = True. XLA's new emitters of fusions take more than
-# twice as long to compile as the old ones, and cutting a program into pieces to compile side by side takes a tenth more
-# time in all, as does keeping where in the source each operation is from.
+# that tests start. Modules whose programs run long have OPTIMISED = True: a level that compiles in half the time of the
+# usual one, and runs a tenth longer. XLA's new emitters of fusions take more than twice as long to compile as the old
+# ones, and cutting a program into pieces to compile side by side takes a tenth more time in all, as does keeping where
+# in the source each operation is from.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
         "--xla_cpu_parallel_codegen_split_count=1",
+        "--xla_backend_optimization_level=1",
     ]
 )
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
@@ -23,6 +26,11 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import jax
 import pytest
+
+# Tracing makes many objects and few cycles: looking for those as often as Python does takes a fourteenth of the time.
+# At a module's end they are looked for, among what was made since here.
+gc.set_threshold(100_000, 20, 20)
+gc.freeze()
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # On a GPU, float32 products are computed in TF32 by default, which tests of float32 equality are not about.
@@ -39,6 +47,7 @@ def programs_of_a_module(request: pytest.FixtureRequest):
     jax.config.update("jax_disable_most_optimizations", not getattr(request.module, "OPTIMISED", False))
     yield
     jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)
