@@ -15,7 +15,7 @@ from moe_jax.experts import GEGLU, HiddenWeights, OutputWeights, gelu
 from moe_jax.grouped import by_group
 from moe_jax.grouping import OneGroup, SortedGroups
 from moe_jax.halves import Operands, Rows, Weights
-from moe_jax.layout import Sent, layout, sent
+from moe_jax.layout import Layout, Sent, layout, sent
 from tests.moe.meshes import mesh_of
 from tests.moe.support import assert_trees_close, hidden_states
 
@@ -127,31 +127,51 @@ def test_groups_of_one_size(size: int):
     assert_close(equal(weights(), rows_sd), wanted[0])
 
 
-def sent_tokens(used_s: np.ndarray, factors: tuple[jax.Array, jax.Array | None]) -> Sent:
+def two_rows_a_token(used_s: np.ndarray, tokens: int) -> Layout:
     """Two assignments of each token in the rows in use, in any order, as many as there is room for."""
     generator = np.random.default_rng(7)
-    tokens = len(factors[0])
     row_ta = np.full(2 * tokens, len(used_s), np.int32)
     rows = np.flatnonzero(used_s)
     row_ta[generator.permutation(2 * tokens)[: len(rows)]] = generator.permutation(rows)[: 2 * tokens]
-    where = layout(
-        jnp.asarray(row_ta).reshape(tokens, 2), jnp.asarray(row_ta < len(used_s)).reshape(tokens, 2), len(used_s)
-    )
-    return sent(where, *factors)
+    row_ta = jnp.asarray(row_ta).reshape(tokens, 2)
+    return layout(row_ta, row_ta < len(used_s), len(used_s))
 
 
 def tokens_by_group(
-    used_s: np.ndarray, sizes_e: jax.Array | None, recompute: bool, weights: Weights, inputs: Any
+    where: Layout, sizes_e: jax.Array | None, recompute: bool, weights: Weights, inputs: Any
 ) -> jax.Array:
     x_td, factors = inputs
-    return by_group(LAYERS, weights, x_td, sizes_e, sent=sent_tokens(used_s, factors), recompute=recompute)
+    return by_group(LAYERS, weights, x_td, sizes_e, sent=sent(where, *factors), recompute=recompute)
 
 
-def tokens_by_row(used_s: np.ndarray, group_s: jax.Array, weights: Weights, inputs: Any) -> jax.Array:
+def tokens_by_row(where: Layout, group_s: jax.Array, weights: Weights, inputs: Any) -> jax.Array:
     x_td, factors = inputs
-    moved = sent_tokens(used_s, factors)
+    moved = sent(where, *factors)
     y_sd = row_by_row(weights, moved.spread(x_td), group_s) * moved.gate_s[:, None]
-    return jnp.zeros_like(x_td).at[moved.layout.token_s].add(y_sd, mode="drop")
+    return jnp.zeros_like(x_td).at[where.token_s].add(y_sd, mode="drop")
+
+
+def tokens_at_once(
+    where: Layout, sizes_e: jax.Array | None, recompute: bool, inputs: Any, bar_td: jax.Array
+) -> tuple[Any, ...]:
+    """What accelerators compute, as `answers`."""
+    x_td, factors = inputs
+    moved, pull = jax.vjp(partial(sent, where), *factors)
+    operands = Operands(weights(), Rows(x_td, moved.weight_s, moved.gate_s), sizes_e, where)
+    total_td, weights_bar, bars = at_once(LAYERS, recompute, operands, bar_td)
+    no_layout = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), where)
+    factors_bar = pull(Sent(layout=no_layout, gate_s=bars.gate_s, weight_s=bars.weight_s))
+    return total_td, weights_bar, (bars.x, factors_bar)
+
+
+@jax.jit
+def of_tokens(
+    where: Layout, sizes_e: jax.Array | None, group_s: jax.Array, inputs: Any, bar_td: jax.Array
+) -> tuple[Any, list[Any]]:
+    """The answers row by row, and three times group by group: in blocks, and as accelerators have them."""
+    in_blocks = answers(partial(tokens_by_group, where, sizes_e, False), inputs, bar_td)
+    others = [tokens_at_once(where, sizes_e, recompute, inputs, bar_td) for recompute in (False, True)]
+    return answers(partial(tokens_by_row, where, group_s), inputs, bar_td), [in_blocks, *others]
 
 
 @pytest.mark.parametrize("weighted", [True, False], ids=["weighted", ""])
@@ -166,34 +186,16 @@ def test_groups_of_tokens(sizes: list[int] | None, weighted: bool):
     gate_ta, weight_ta = (jnp.asarray(np.random.default_rng(seed).random((160, 2), np.float32)) for seed in (1, 2))
     inputs = x_td, (gate_ta, weight_ta if weighted else None)
 
-    by_groups = partial(tokens_by_group, used_s, sizes_e, False)
-    by_rows = partial(tokens_by_row, used_s, group_s)
-    got, wanted = (jax.jit(partial(answers, call))(inputs, bar_td) for call in (by_groups, by_rows))
-    assert_close(got, wanted)
-
-    @jax.jit
-    def of_accelerators(inputs: Any, bar_td: jax.Array) -> list[Any]:
-        x_td, factors = inputs
-
-        def gradients(recompute: bool) -> Any:
-            moved, pull = jax.vjp(partial(sent_tokens, used_s), factors)
-            operands = Operands(weights(), Rows(x_td, moved.weight_s, moved.gate_s), sizes_e, moved.layout)
-            total_td, weights_bar, bars = at_once(LAYERS, recompute, operands, bar_td)
-            no_layout = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), moved.layout)
-            (factors_bar,) = pull(Sent(layout=no_layout, gate_s=bars.gate_s, weight_s=bars.weight_s))
-            return total_td, weights_bar, (bars.x, factors_bar)
-
-        return [gradients(recompute) for recompute in (False, True)]
-
-    for other in of_accelerators(inputs, bar_td):
-        assert_close(other, wanted)
+    wanted, others = of_tokens(two_rows_a_token(used_s, 160), sizes_e, group_s, inputs, bar_td)
+    for got in others:
+        assert_close(got, wanted)
 
 
 def test_fewer_rows_than_tokens():
-    used_s, sizes_e = np.arange(30) < 25, jnp.array([3, 10, 0, 12])
+    where, sizes_e = two_rows_a_token(np.arange(30) < 25, 40), jnp.array([3, 10, 0, 12])
     inputs, bar_td = (hidden_states(40, 5), (hidden_states(40, 2, seed=2), None)), hidden_states(40, 5, seed=3)
-    by_groups = partial(tokens_by_group, used_s, sizes_e, False)
-    by_rows = partial(tokens_by_row, used_s, jnp.repeat(jnp.arange(4), sizes_e, total_repeat_length=30))
+    by_groups = partial(tokens_by_group, where, sizes_e, False)
+    by_rows = partial(tokens_by_row, where, jnp.repeat(jnp.arange(4), sizes_e, total_repeat_length=30))
     assert_close(*(jax.jit(partial(answers, call))(inputs, bar_td) for call in (by_groups, by_rows)))
 
 
@@ -206,13 +208,14 @@ def test_short_groups(dim: int, size: int, recompute: bool, short: bool):
     on_cpu = jax.default_backend() == "cpu"
     stacked, bar_td = weights(dim, 16), hidden_states(3 * size, dim, seed=3)
     random = np.random.default_rng(8)
-    used_s, factor_ta = random.random(4 * size) < 0.8, jnp.asarray(random.random((3 * size, 2), np.float32))
+    where = two_rows_a_token(random.random(4 * size) < 0.8, 3 * size)
+    factor_ta = jnp.asarray(random.random((3 * size, 2), np.float32))
     inputs = hidden_states(3 * size, dim), (factor_ta, factor_ta)
-    by_groups = partial(tokens_by_group, used_s, None, recompute)
+    by_groups = partial(tokens_by_group, where, None, recompute)
     assert ("contracting_dims = [1] x [1]" in jax.jit(by_groups).lower(stacked, inputs).as_text()) == (short and on_cpu)
     program = jax.jit(partial(answers, by_groups)).lower(inputs, bar_td, stacked)
     assert ("while" in program.as_text()) == (not short and on_cpu)
-    by_rows = partial(tokens_by_row, used_s, jnp.repeat(jnp.arange(4), size))
+    by_rows = partial(tokens_by_row, where, jnp.repeat(jnp.arange(4), size))
     got = program.compile()(inputs, bar_td, stacked)
     assert_trees_close(got, answers(by_rows, inputs, bar_td, stacked), relative=1e-5)
 
@@ -328,7 +331,7 @@ def test_no_rows_at_all():
     def total(weights: Any, x: jax.Array, sizes_e: jax.Array | None, sent: Sent | None) -> jax.Array:
         return jnp.sum(by_group(LAYERS, weights, x, sizes_e, sent=sent))
 
-    none, nowhere = jnp.zeros((0, 5)), sent_tokens(np.zeros(0, bool), (jnp.ones((3, 2)), None))
+    none, nowhere = jnp.zeros((0, 5)), sent(two_rows_a_token(np.zeros(0, bool), 3), jnp.ones((3, 2)), None)
     for x, sizes_e, moved in (
         (none, None, None),
         (none, jnp.zeros(4, jnp.int32), None),
