@@ -1,7 +1,6 @@
 """A layer over a mesh computes what it computes on one device: outputs, losses, metrics and every gradient."""
 
 from functools import cache
-from itertools import product
 from typing import Any, get_args
 
 import jax
@@ -58,8 +57,7 @@ def test_any_number_of_experts_on_any_mesh(shape: tuple[int, int]):
         assert_equal(results(all_on(mesh_of(*shape), float64_cases())), wanted, relative=1e-12)
 
 
-PAIRS = tuple(product(DISPATCHES, get_args(SlotOrder)))
-# What else a case has; those of a mesh go round by three, so that every pair meets three of them.
+# What else a case has. Every dispatch meets every slot order on three meshes and, on some mesh, each of these.
 OPTIONS: tuple[dict[str, Any], ...] = (
     {"num_experts": 16, "masked": False},
     {"num_experts": 5, "router": TopN(), "gumbel_noise": 0.5, "input_jitter": 0.1},
@@ -73,27 +71,25 @@ OPTIONS: tuple[dict[str, Any], ...] = (
 )
 
 
-def cases_of_every_pair(rotation: int) -> list[Case]:
-    return [
-        case(dispatch=dispatch, slot_order=order, **OPTIONS[(index + 3 * rotation) % len(OPTIONS)])
-        for index, (dispatch, order) in enumerate(PAIRS)
-    ]
-
-
-@cache
-def every_pair_on_one_device(rotation: int) -> list[Results]:
-    return results(cases_of_every_pair(rotation))
+def cases_of_mesh(number: int) -> list[Case]:
+    """Each dispatch with another slot order; of three meshes in a row, no two have the same pairs."""
+    turn, shift = divmod(number, 3)
+    cases = []
+    for place, dispatch in enumerate(DISPATCHES):
+        order = (place + shift + turn) % 3
+        options = OPTIONS[(3 * (place + turn) + order) % len(OPTIONS)]
+        cases.append(case(dispatch=dispatch, slot_order=get_args(SlotOrder)[order], **options))
+    return cases
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_every_dispatch_and_slot_order_on_any_mesh(shape: tuple[int, int]):
     """With drops and without, with padding and without, in groups cut by devices and whole ones, by every router."""
-    rotation = MESHES.index(shape) % 3
-    wanted = every_pair_on_one_device(rotation)
-    dropped = [drops(r) for r in wanted]
-    assert min(dropped) == 0 < max(dropped)
-    assert_equal(results(all_on(mesh_of(*shape), cases_of_every_pair(rotation))), wanted, relative=1e-5)
+    cases = cases_of_mesh(MESHES.index(shape))
+    wanted = results(cases)
+    assert max(drops(r) for r in wanted) > 0.3
+    assert_equal(results(all_on(mesh_of(*shape), cases)), wanted, relative=1e-5)
 
 
 def gradients_of_first_device(moe: MoE, where: Placement) -> MoE:
