@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -45,9 +46,14 @@ def arguments(sampling: Sampling = SAMPLINGS["plain"], eos_id: int | None = None
     }
 
 
+@functools.cache
+def plainly(sampling: Sampling, eos_id: int | None, seed: int) -> DecodeResult:
+    return base_decoding(sparse_decoder(), PROMPTS, **arguments(sampling, eos_id, seed))
+
+
 def compared(rule: str, draft: str, gamma: int, sampling: Sampling, eos_id: int | None, seed: int) -> Comparison:
     common, target = arguments(sampling, eos_id, seed), sparse_decoder()
-    plain = base_decoding(target, PROMPTS, **common)
+    plain = plainly(sampling, eos_id, seed)
     result = speculative_decoding(target, SmallModel(DRAFTS[draft], gamma=gamma), PROMPTS, verification=rule, **common)
     assert 0.01 < float(result.acceptance_rate) < 0.95, "a draft that is never or always right tests little"
     return compare(target, PROMPTS, LENGTHS, sampling, common["key"], result, plain)
@@ -60,9 +66,9 @@ def check(total: Comparison, rows: int, record_property) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("draft", "gamma"), [("related", 1), ("related", 4), ("related", 8), ("unrelated", 3)])
+@pytest.mark.parametrize(("draft", "gamma"), [("related", 1), ("related", 8), ("unrelated", 3)])
 def test_coupled_equals_plain(draft: str, gamma: int, record_property):
-    """4 × 6 decodings of 64 ragged rows: 1,536 rows."""
+    """3 × 6 decodings of 64 ragged rows: 1,152 rows."""
     total = Comparison()
     for seed, sampling in enumerate(SAMPLINGS.values()):
         for eos_id in (None, EOS):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from spec_jax import Sampling, SmallModel, base_decoding, speculative_decoding
+from spec_jax import DecodeResult, Sampling, SmallModel, base_decoding, speculative_decoding
 from tests.spec.transformers import CONFIG, Comparison, compare, near, ragged_prompts, transformer
 
 TARGET = transformer(0)
@@ -28,8 +29,8 @@ BATCH, NEW_TOKENS, EOS = 64, 32, 5
 PROMPTS, LENGTHS = ragged_prompts(0, BATCH, 12)
 
 
-def compared(rule: str, draft: str, gamma: int, sampling: Sampling, eos_id: int | None, seed: int) -> Comparison:
-    arguments: dict[str, Any] = {
+def arguments(sampling: Sampling, eos_id: int | None, seed: int) -> dict[str, Any]:
+    return {
         "max_new_tokens": NEW_TOKENS,
         "key": jax.random.key(seed),
         "prompt_length": LENGTHS,
@@ -37,10 +38,18 @@ def compared(rule: str, draft: str, gamma: int, sampling: Sampling, eos_id: int 
         "eos_id": eos_id,
         "pad_id": 23,
     }
-    plain = base_decoding(TARGET, PROMPTS, **arguments)
-    drafter = SmallModel(DRAFTS[draft], gamma=gamma)
-    result = speculative_decoding(TARGET, drafter, PROMPTS, verification=rule, **arguments)
-    comparison = compare(TARGET, PROMPTS, LENGTHS, sampling, arguments["key"], result, plain)
+
+
+@functools.cache
+def plainly(sampling: Sampling, eos_id: int | None, seed: int) -> DecodeResult:
+    return base_decoding(TARGET, PROMPTS, **arguments(sampling, eos_id, seed))
+
+
+def compared(rule: str, draft: str, gamma: int, sampling: Sampling, eos_id: int | None, seed: int) -> Comparison:
+    drafter, common = SmallModel(DRAFTS[draft], gamma=gamma), arguments(sampling, eos_id, seed)
+    plain = plainly(sampling, eos_id, seed)
+    result = speculative_decoding(TARGET, drafter, PROMPTS, verification=rule, **common)
+    comparison = compare(TARGET, PROMPTS, LENGTHS, sampling, common["key"], result, plain)
     if comparison.different == 0:
         np.testing.assert_array_equal(result.lengths, plain.lengths)
     return comparison
