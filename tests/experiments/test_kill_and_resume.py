@@ -12,7 +12,7 @@ def test_three_killed_runs_end_like_an_undisturbed_one(tmp_path, monkeypatch):
     """On one device each, whose steps take a fraction of those on eight that share two cores."""
     flags = os.environ["XLA_FLAGS"].split()
     monkeypatch.setenv("XLA_FLAGS", " ".join(flag for flag in flags if "device_count" not in flag))
-    config = check_resume.CheckConfig(runs=3, kills=2, steps=60, seed=1)
+    config = check_resume.CheckConfig(runs=3, kills=2, steps=30, seed=1)
     console = Console(file=io.StringIO(), width=120)
     assert check_resume.check(config, tmp_path, console) == 0, console.file
 

@@ -14,7 +14,7 @@ from experiments.launch import LaunchConfig, environments
 from experiments.metrics import read_metrics
 from tests.experiments.runs import tiny_config
 
-STEPS = 60
+STEPS = 24
 # Of what starts, compiles and trains on a machine that others use too; nothing hangs longer than that.
 PATIENCE_SECONDS = 900
 SECONDS_TO_STOP = 60
@@ -163,7 +163,7 @@ def test_a_process_that_never_joins_ends_the_other(tmp_path):
     "changes",
     [
         {"steps": 10**6, "log_every": 2, "validate_every": 10**6},
-        {"steps": 200, "log_every": 1000, "validate_every": 50},
+        {"steps": 60, "log_every": 1000, "validate_every": 20},
     ],
     ids=["in training", "after the last step at which they ask each other"],
 )
