@@ -28,7 +28,7 @@ import jax
 import pytest
 
 # Tracing makes many objects and few cycles: looking for those as often as Python does takes a fourteenth of the time.
-# At a module's end they are looked for, among what was made since here.
+# They are looked for when programs are to go, among what was made since here.
 gc.set_threshold(100_000, 20, 20)
 gc.freeze()
 
@@ -41,13 +41,18 @@ MAPS = pathlib.Path("/proc/self/maps")
 MANY_MAPS = 20_000
 
 
+def forget_programs() -> None:
+    """Of those that are part of a cycle of objects too, which JAX lets go and Python has yet to find."""
+    jax.clear_caches()
+    gc.collect()
+
+
 @pytest.fixture(autouse=True, scope="module")
 def programs_of_a_module(request: pytest.FixtureRequest):
     """Optimised where the module asks for it, and gone at its end."""
     jax.config.update("jax_disable_most_optimizations", not getattr(request.module, "OPTIMISED", False))
     yield
-    jax.clear_caches()
-    gc.collect()
+    forget_programs()
 
 
 @pytest.fixture(autouse=True)
@@ -55,4 +60,4 @@ def programs_of_a_test():
     """Gone when there are many: every compiled program keeps memory mapped, and LLVM ends the process at the limit."""
     yield
     if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY_MAPS:
-        jax.clear_caches()
+        forget_programs()

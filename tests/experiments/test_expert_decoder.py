@@ -22,28 +22,15 @@ from experiments.expert_decoder import (
     routing_reports,
 )
 from moe_jax import TopN
-from spec_jax import Decoder, DecodeResult, Sampling, SmallModel, base_decoding, speculative_decoding
+from spec_jax import Decoder, DecodeResult, SmallModel, base_decoding, speculative_decoding
 from tests.experiments.experts import CONFIG, EXPERTS, dense_draft, random_tokens, sparse_decoder
-from tests.spec.transformers import Comparison, compare, ragged_prompts, transformer
+from tests.spec.test_equality import BATCH, EOS, LENGTHS, PROMPTS, SAMPLINGS, arguments, check
+from tests.spec.transformers import Comparison, compare, transformer
 
 DRAFTS = {"related": dense_draft(), "unrelated": transformer(5)}
-SAMPLINGS = {"plain": Sampling(), "greedy": Sampling(temperature=0.0), "filtered": Sampling(temperature=1.3, top_p=0.9)}
-BATCH, NEW_TOKENS, EOS = 64, 32, 5
-PROMPTS, LENGTHS = ragged_prompts(0, BATCH, 12)
 # Evaluation with a capacity, as a layer has it by itself: of the whole batch, or of the positions read at once.
 CAPACITY: dict[str, Any] = {"dispatch_eval": "index", "capacity_factor_eval": 1.0, "min_capacity": 1}
 logits_of = jax.jit(lambda decoder, tokens_bt: decoder(tokens_bt).logits)
-
-
-def arguments(sampling: str = "plain", eos_id: int | None = None, seed: int = 0) -> dict[str, Any]:
-    return {
-        "max_new_tokens": NEW_TOKENS,
-        "key": jax.random.key(seed),
-        "prompt_length": LENGTHS,
-        "sampling": SAMPLINGS[sampling],
-        "eos_id": eos_id,
-        "pad_id": 23,
-    }
 
 
 @functools.cache
@@ -57,12 +44,6 @@ def compared(rule: str, draft: str, gamma: int, sampling: str, eos_id: int | Non
     result = speculative_decoding(target, SmallModel(DRAFTS[draft], gamma=gamma), PROMPTS, verification=rule, **common)
     assert 0.01 < float(result.acceptance_rate) < 0.95, "a draft that is never or always right tests little"
     return compare(target, PROMPTS, LENGTHS, common["sampling"], common["key"], result, plain)
-
-
-def check(total: Comparison, rows: int, record_property) -> None:
-    record_property("comparison", str(total))
-    assert total.rows >= rows
-    assert total.diverged == 0
 
 
 @pytest.mark.slow

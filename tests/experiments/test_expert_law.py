@@ -45,7 +45,7 @@ def target(**changes: Any) -> Decoder:
 
 
 def drawn(model: Decoder, rule: str, filters: Filters, eos_id: int | None, sequences: int = SEQUENCES) -> Cell:
-    """200,000 sequences: 2,000 rows under each of 100 keys, every prompt 125 times."""
+    """So many sequences, 2,000 rows under each key, every prompt 125 times."""
     drafter = SmallModel(dense_draft(CONFIG, EXPERTS, head_scale=1.5), gamma=GAMMA)
     keys = jax.random.split(jax.random.key(zlib.crc32(f"{rule} {filters}".encode())), sequences // ROWS)
     sampling = Sampling(temperature=filters.temperature, top_p=filters.top_p).checked()

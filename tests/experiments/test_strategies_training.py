@@ -135,13 +135,13 @@ def test_all_strategies_are_compared(tmp_path, monkeypatch: pytest.MonkeyPatch):
     ):
         monkeypatch.setitem(module.PRESETS, "cpu", ("tiny", config))
     output = tmp_path / "strategies"
-    arguments = ["--output", str(output), "--gammas", "2", "--batches", "2", "--repeats", "1"]
+    arguments = ["--output", str(output), "--gammas", "1", "2", "--batches", "2", "--repeats", "1"]
     arguments += ["--generate-length", "8", "--temperatures", "1"]
     assert compare_strategies.main(arguments) == 0
     rows = json.loads((output / "strategies.json").read_text())["rows"]
     places = {(row["strategy"], row["text"], row["batch"], row["gamma"]) for row in rows}
     names = ("small draft", "early exit", "prophet", "n-gram", "layer skip")
-    assert places >= {(name, text, 2, 2) for name in names for text in ("code", "prose")}
+    assert places >= {(n, text, 2, g) for n in names for text in ("code", "prose") for g in (1, 2)}
     assert {row["text"] for row in rows} == {"code", "prose", "repetitive", "noise"}
     chosen = {row["text"]: row["temperature"] for row in rows if row["text"] in ("repetitive", "noise")}
     assert chosen == {"repetitive": 0.0, "noise": 5.0}

@@ -33,7 +33,7 @@ PROMPTS, LENGTHS = ragged_prompts(0, BATCH, 12)
 TOP_K = {"top_k": Sampling(temperature=1.5, top_k=6)}
 
 
-def arguments(sampling: str, eos_id: int | None, seed: int) -> dict[str, Any]:
+def arguments(sampling: str = "plain", eos_id: int | None = None, seed: int = 0) -> dict[str, Any]:
     return {
         "max_new_tokens": NEW_TOKENS,
         "key": jax.random.key(seed),

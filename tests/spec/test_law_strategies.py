@@ -69,7 +69,7 @@ def logits_of(name: str) -> dict[tuple[int, ...], np.ndarray]:
 RULES = ("rejection", 4), ("block", 16), ("coupled", 1)
 FILTERS_AND_ENDS = ("temperature", 1), ("top_p", None), ("min_p", 1)
 CELLS = [
-    (name, *rule, *FILTERS_AND_ENDS[(place + turn) % 3])
+    (name, *rule, *FILTERS_AND_ENDS[(place + turn) % len(FILTERS_AND_ENDS)])
     for turn, name in enumerate(NAMES)
     for place, rule in enumerate(RULES)
 ]
