@@ -5,6 +5,7 @@ import io
 import json
 import math
 import pathlib
+from functools import partial
 from typing import Any
 
 import jax
@@ -100,7 +101,7 @@ def test_own_samples_are_the_targets():
     """The prompt, then what plain decoding gives; another batch has other noise."""
     target = train_draft.make_models(tiny_config_of())["target"]
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 12)))
-    samples = own_samples(dataclasses.replace(OWN, prompt_length=5), target, tokens, 0)
+    samples = jax.jit(partial(own_samples, dataclasses.replace(OWN, prompt_length=5)))(target, tokens, 0)
     np.testing.assert_array_equal(samples[:, :5], tokens[:, :5])
     plain = spec_jax.base_decoding(target, np.asarray(tokens[:, :5]), max_new_tokens=7, key=key_of(tokens, 0))
     np.testing.assert_array_equal(samples[:, 5:], plain.tokens)
@@ -118,7 +119,8 @@ def test_distillation_teaches_the_draft_alone(own: bool):
     taught = dataclasses.replace(plain, distillation=dataclasses.replace(OWN, own_samples=own, weight=3.0))
     models, tokens = train_draft.make_models(plain), jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 12)))
     losses = (train_draft.make_loss_fn(config) for config in (plain, taught))
-    before, after = (jax.grad(lambda models, loss=loss: loss(models, tokens)[0])(models) for loss in losses)
+    gradients = (jax.jit(jax.grad(lambda models, loss=loss: loss(models, tokens)[0])) for loss in losses)
+    before, after = (gradient(models) for gradient in gradients)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), before["target"], after["target"])
     moved = jax.tree.leaves(jax.tree.map(lambda x, y: float(abs(x - y).max()), before["draft"], after["draft"]))
     assert min(moved) > 1e-6

@@ -85,17 +85,22 @@ def test_float64_stays_float64():
 
 def test_numpy_arrays_of_float64_are_taken_as_jax_takes_them():
     """Without a warning, too: here warnings are errors."""
-    moe = layer()
     x: Any = np.ones((2, 4, 8))
-    outputs = [
-        moe(x, train=True).outputs,
-        SparseMoEBlock(moe, add_ff_before=True, rngs=nnx.Rngs(0))(x, train=True).outputs,
-        FeedForward(8, 10, rngs=nnx.Rngs(0))(x),
-        RMSNorm(8)(x),
-        moe.experts.batched(x[0].reshape(4, 1, 8)),
-        moe.experts.grouped(x[0], jnp.ones(4, jnp.int32)),
-    ]
-    assert {out.dtype for out in outputs} == {jnp.dtype(jnp.float32)}
+
+    @jax.jit
+    def outputs() -> list[jax.Array]:
+        # No arguments: JAX would have taken those before we do.
+        moe = layer()
+        return [
+            moe(x, train=True).outputs,
+            SparseMoEBlock(moe, add_ff_before=True, rngs=nnx.Rngs(0))(x, train=True).outputs,
+            FeedForward(8, 10, rngs=nnx.Rngs(0))(x),
+            RMSNorm(8)(x),
+            moe.experts.batched(x[0].reshape(4, 1, 8)),
+            moe.experts.grouped(x[0], jnp.ones(4, jnp.int32)),
+        ]
+
+    assert {out.dtype for out in outputs()} == {jnp.dtype(jnp.float32)}
 
 
 def test_bfloat16_is_normed_in_float32():

@@ -189,6 +189,7 @@ def test_counts_do_not_depend_on_the_dtype_of_the_logits(router: Router):
     logits_te = jnp.asarray(np.random.default_rng(0).standard_normal((2000, 4)), jnp.bfloat16)
     mask_t = jnp.ones(2000, bool)
 
+    @jax.jit
     def totals(logits_te: jax.Array) -> RouterTotals:
         chosen = router.choose(RouterInputs(logits_te, logits_te, mask_t), train=True)
         groups = token_groups(mask_t, 2000, "batch")

@@ -12,12 +12,11 @@ from flax import nnx
 
 from spec_jax import Decoder, DecoderConfig
 from spec_jax.layers import rms_norm, rotary_angles, rotate
-from tests.spec.transformers import CONFIG, transformer, uncached
+from tests.spec.transformers import CONFIG, cached, transformer, uncached
 
 GROUPED = dataclasses.replace(CONFIG, heads=4, dim_head=8, kv_heads=2)
 LENGTH = 12
 TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (3, LENGTH))
-cached = jax.jit(lambda decoder, tokens_bt, cache: decoder(tokens_bt, cache))
 
 
 @pytest.mark.parametrize("config", [CONFIG, GROUPED], ids=["all heads", "grouped"])

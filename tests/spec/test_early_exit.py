@@ -17,24 +17,31 @@ from spec_jax.drafters.base import Proposal, Sequence
 from spec_jax.drafters.early_exit import EarlyExitState
 from spec_jax.losses import early_exit_logits, next_token_loss
 from spec_jax.verification import Draft
-from tests.spec.transformers import CONFIG, transformer
+from tests.spec.transformers import CONFIG, cached, transformer, uncached
 
 EXIT = dataclasses.replace(CONFIG, depth=3, early_exit_layer=1)
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, CONFIG.vocab_size, (3, 12)))
+# Compiled as a whole: one operation after the other is slower, even once.
+early, late = jax.jit(Decoder.early), jax.jit(Decoder.late)
+
+
+@jax.jit
+def exit_logits(decoder: Decoder, early_btd: jax.Array, cache: Any = None, recycled_btd: Any = None) -> Any:
+    """(B, T, V) logits of the exit, and its cache."""
+    assert decoder.early_exit is not None
+    return decoder.early_exit(early_btd, cache, recycled_btd)
 
 
 def test_halves_make_a_forward():
     """Layer by layer position by position, then the rest at once: the logits and the cache of one forward."""
     decoder = transformer(0, EXIT)
-    whole = decoder(TOKENS, decoder.init_cache(3, 16))
+    whole = cached(decoder, TOKENS, decoder.init_cache(3, 16))
     cache = decoder.init_cache(3, 16)
-    early = []
+    hidden = []
     for position in range(12):
-        assert cache is not None
-        hidden, cache = decoder.early(TOKENS[:, position : position + 1], cache.with_length(jnp.full((3,), position)))
-        early.append(hidden)
-    assert cache is not None
-    halves = decoder.late(jnp.concatenate(early, axis=1), cache.with_length(jnp.zeros((3,))))
+        of_one, cache = early(decoder, TOKENS[:, position : position + 1], cache.with_length(jnp.full(3, position)))
+        hidden.append(of_one)
+    halves = late(decoder, np.concatenate(hidden, axis=1), cache.with_length(jnp.zeros(3, jnp.int32)))
     np.testing.assert_allclose(halves.logits, whole.logits, atol=1e-5)
     np.testing.assert_allclose(halves.early_hidden, whole.early_hidden, atol=1e-5)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), halves.cache, whole.cache)
@@ -49,7 +56,7 @@ def test_detaching_stops_the_exit_loss_at_the_trunk(detach: bool):
         logits = early_exit_logits(decoder, TOKENS[:, :-1], key=jax.random.key(0))[1]
         return next_token_loss(logits, TOKENS[:, 1:])
 
-    gradients = jax.grad(exit_loss)(decoder)
+    gradients = jax.jit(jax.grad(exit_loss))(decoder)
     for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
         name, largest = jax.tree_util.keystr(path), np.abs(gradient).max()
         if ".early_exit" in name:
@@ -63,7 +70,7 @@ def test_detaching_stops_the_exit_loss_at_the_trunk(detach: bool):
 def test_recycling_sees_the_newest_state_a_round_can_have():
     """Rounds of 4 positions: each sees the trunk's last hidden state just before the round, and nothing later."""
     decoder = transformer(0, dataclasses.replace(EXIT, early_exit_recycling=4))
-    seen = jax.jacfwd(lambda scale: _recycled(decoder, scale))(jnp.ones(12))
+    seen = jax.jit(jax.jacfwd(lambda scale: _recycled(decoder, scale)))(jnp.ones(12))
     # seen[t, s]: how the exit's logits at t move with the final hidden state at s.
     source_t = [np.flatnonzero(np.abs(row) > 1e-6).tolist() for row in seen]
     sources = [only[0] if only else -1 for only in source_t]
@@ -118,41 +125,43 @@ def test_drafted_logits_are_the_uncached_exits(blocks: int, recycling: int):
     config = dataclasses.replace(EXIT, early_exit_extra_blocks=blocks, early_exit_recycling=recycling)
     decoder, gamma, width = transformer(0, config), 3, 24
     tokens_bs = jnp.asarray(np.random.default_rng(1).integers(0, CONFIG.vocab_size, (3, width)), jnp.int32)
-    whole = decoder(tokens_bs)
-    length_b = jnp.array([1, 2, 6])
-
-    def teach(logits_bv: jax.Array, offset: int | jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Drafts what is there, so that the rows are known beforehand; the logits come back with the draft."""
-        return Sequence(tokens_bs, length_b).window(length_b + offset, 1)[:, 0], logits_bv
-
+    whole = uncached(decoder, tokens_bs)
+    length_b = np.array([1, 2, 6])
     drafter = EarlyExit(gamma=gamma)
-    prefill = decoder(tokens_bs, decoder.init_cache(3, width))
-    assert prefill.cache is not None
-    cache, state = prefill.cache, drafter.start(decoder, Sequence(tokens_bs, length_b), prefill, width)
-    for round_, emitted in enumerate(([4, 1, 2], [1, 4, 4], [4, 4, 1], [2, 3, 4])):
+
+    @jax.jit
+    def drafted(cache: Any, state: Any, length_b: jax.Array, emitted_b: jax.Array) -> tuple[jax.Array, Any, Any]:
+        """Logits that a round drafts from, and the caches and states behind it."""
+
+        def teach(logits_bv: jax.Array, offset: int | jax.Array) -> tuple[jax.Array, jax.Array]:
+            """Drafts what is there, so that the rows are known beforehand; the logits come back with the draft."""
+            return sequence.window(length_b + offset, 1)[:, 0], logits_bv
+
         sequence = Sequence(tokens_bs, length_b)
         proposal = drafter.propose(decoder, sequence, cache.with_length(length_b - 1), state, teach)
-        newest_b1 = length_b[:, None] - 2
-        for offset in range(gamma):
-            expected = _exit_logits(decoder, whole, newest_b1)
-            at_b = length_b - 1 + offset
-            picked = jnp.take_along_axis(expected, at_b[:, None, None], axis=1)[:, 0]
-            if not (blocks and recycling) or (round_ == 0 and offset == 0):
-                np.testing.assert_allclose(proposal.draft.log_probs_bjv[:, offset], picked, atol=2e-5)
         scored: Any = drafter.score(decoder, proposal, sequence.window(length_b - 1, gamma + 1))
-        emitted_b = jnp.array(emitted)
-        cache, state = scored.cache, drafter.update(proposal.state, scored, emitted_b)
+        return proposal.draft.log_probs_bjv, scored.cache, drafter.update(proposal.state, scored, emitted_b)
+
+    prefill = cached(decoder, tokens_bs, decoder.init_cache(3, width))
+    cache, state = prefill.cache, drafter.start(decoder, Sequence(tokens_bs, jnp.asarray(length_b)), prefill, width)
+    for round_, emitted_b in enumerate(np.array([[4, 1, 2], [1, 4, 4], [4, 4, 1], [2, 3, 4]])):
+        expected = np.asarray(_exit_logits(decoder, whole, length_b[:, None] - 2))
+        drafted_bjv, cache, state = drafted(cache, state, length_b, emitted_b)
+        for offset in range(gamma):
+            if not (blocks and recycling) or (round_ == 0 and offset == 0):
+                picked = expected[np.arange(3), length_b - 1 + offset]
+                np.testing.assert_allclose(drafted_bjv[:, offset], picked, atol=2e-5)
         length_b = length_b + emitted_b
 
 
+@jax.jit
 def _exit_logits(decoder: Decoder, whole: Any, newest_b1: jax.Array) -> jax.Array:
     """(B, T, V): positions of the round see the newest final hidden state, all before it the one before themselves."""
     position_1t = jnp.arange(whole.hidden.shape[1])[None, :]
     source_bt = jnp.minimum(position_1t - 1, newest_b1)
     recycled = jnp.take_along_axis(whole.hidden, jnp.maximum(source_bt, 0)[:, :, None], axis=1)
     recycled = jnp.where(source_bt[:, :, None] < 0, 0, recycled)
-    assert decoder.early_exit is not None
-    return decoder.early_exit(whole.early_hidden, None, recycled)[0]
+    return exit_logits(decoder, whole.early_hidden, None, recycled)[0]
 
 
 @pytest.mark.parametrize("gamma", [3, 5])
@@ -172,17 +181,11 @@ def test_scoring_does_not_repeat_the_first_layers(gamma: int):
         proposal = Proposal(draft, cache, (None, early_bjd))
         return EarlyExit(gamma=gamma).score(decoder, proposal, window_bt)
 
-    def late(decoder: Decoder, cache: Any, early_btd: jax.Array) -> Any:
-        return decoder.late(early_btd, cache)
-
-    def early(decoder: Decoder, cache: Any, tokens_bt: jax.Array) -> Any:
-        return decoder.early(tokens_bt, cache)
-
     scoring = flops(score, decoder, cache, jnp.zeros((batch, gamma, config.dim)))
     whole = flops(lambda decoder, cache: decoder(window_bt, cache), decoder, cache)
-    second_half = flops(late, decoder, cache, jnp.zeros((batch, positions, config.dim)))
-    first_half_of_one = flops(early, decoder, cache, window_bt[:, :1])
-    first_half_of_all = flops(early, decoder, cache, window_bt)
+    second_half = flops(Decoder.late, decoder, jnp.zeros((batch, positions, config.dim)), cache)
+    first_half_of_one = flops(Decoder.early, decoder, window_bt[:, :1], cache)
+    first_half_of_all = flops(Decoder.early, decoder, window_bt, cache)
     assert scoring == pytest.approx(second_half + first_half_of_one, rel=0.02)
     assert whole == pytest.approx(second_half + first_half_of_all, rel=0.02)
     assert first_half_of_all > (positions - 0.5) * first_half_of_one
@@ -192,12 +195,8 @@ def test_scoring_does_not_repeat_the_first_layers(gamma: int):
         state = EarlyExitState(before_bd, before_bd, before_bd, None)
         return EarlyExit(gamma=gamma).propose(decoder, sequence, cache, state, greedy)
 
-    def exit_of(decoder: Decoder, early_b1d: jax.Array) -> Any:
-        assert decoder.early_exit is not None
-        return decoder.early_exit(early_b1d)
-
     drafting = flops(propose, decoder, cache, early_bd)
-    exit_once = flops(exit_of, decoder, early_bd[:, None])
+    exit_once = flops(exit_logits, decoder, early_bd[:, None])
     # The first token, and then a loop, which is counted as if it ran once.
     assert drafting == pytest.approx(2 * (first_half_of_one + exit_once), rel=0.03)
     (loop,) = (e for e in jax.make_jaxpr(propose)(decoder, cache, early_bd).eqns if e.primitive.name == "scan")
@@ -237,26 +236,23 @@ def test_bad_loss_input():
 
 def test_several_blocks_of_its_own_have_a_cache_each():
     decoder = transformer(0, dataclasses.replace(EXIT, early_exit_extra_blocks=2))
-    assert decoder.early_exit is not None
-    early_btd, cache = decoder.early(TOKENS)[0], decoder.init_exit_cache(3, 12)
-    first_btv, cache = decoder.early_exit(early_btd[:, :7], cache)
-    assert cache is not None
-    second_btv, _ = decoder.early_exit(early_btd[:, 7:], cache.with_length(jnp.full((3,), 7)))
+    early_btd, cache = early(decoder, TOKENS)[0], decoder.init_exit_cache(3, 12)
+    first_btv, cache = exit_logits(decoder, early_btd[:, :7], cache)
+    second_btv, _ = exit_logits(decoder, early_btd[:, 7:], cache.with_length(np.full(3, 7)))
     parts_btv = np.concatenate((first_btv, second_btv), axis=1)
-    np.testing.assert_allclose(parts_btv, decoder.early_exit(early_btd)[0], atol=2e-5)
+    np.testing.assert_allclose(parts_btv, exit_logits(decoder, early_btd)[0], atol=2e-5)
 
 
 def test_blocks_of_its_own_get_the_slots_asked_for():
     decoder = transformer(0, dataclasses.replace(EXIT, early_exit_extra_blocks=1))
-    state = EarlyExit().start(decoder, Sequence(TOKENS, jnp.array([1, 2, 6])), decoder(TOKENS), 32)
+    state = EarlyExit().start(decoder, Sequence(TOKENS, jnp.array([1, 2, 6])), uncached(decoder, TOKENS), 32)
     assert state.cache.size == 32
 
 
 def test_untrained_recycling_changes_nothing():
     decoder = Decoder(dataclasses.replace(EXIT, early_exit_recycling=4), rngs=nnx.Rngs(0))
-    assert decoder.early_exit is not None
-    early_btd = decoder.early(TOKENS)[0]
-    with_some, without = (decoder.early_exit(early_btd, None, x)[0] for x in (early_btd + 1, jnp.zeros_like(early_btd)))
+    early_btd = np.asarray(early(decoder, TOKENS)[0])
+    with_some, without = (exit_logits(decoder, early_btd, None, x)[0] for x in (early_btd + 1, 0 * early_btd))
     np.testing.assert_array_equal(with_some, without)
 
 
@@ -281,7 +277,7 @@ def test_rounds_begin_at_a_random_place_of_each_row():
 def test_states_follow_each_rows_own_position(length_b: list[int]):
     """After a round they are those of a start behind all that is then known."""
     decoder = transformer(0, dataclasses.replace(EXIT, early_exit_recycling=3))
-    whole, drafter, emitted_b = decoder(TOKENS), EarlyExit(gamma=3), jnp.array([1, 4, 2])
+    whole, drafter, emitted_b = uncached(decoder, TOKENS), EarlyExit(gamma=3), jnp.array([1, 4, 2])
     before, after = (Sequence(TOKENS, jnp.array(length_b) + more) for more in (0, emitted_b))
     index_bt1 = (before.length_b[:, None] - 1 + jnp.arange(4)[None, :])[:, :, None]
     window = {name: jnp.take_along_axis(getattr(whole, name), index_bt1, axis=1) for name in ("hidden", "early_hidden")}

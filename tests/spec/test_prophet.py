@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -15,31 +16,38 @@ from spec_jax import ModelWithProphet, Prophet
 from spec_jax.drafters.base import Sequence
 from spec_jax.losses import next_token_loss, prophet_distillation_loss, prophet_losses
 from tests.spec.strategies import random_pair
-from tests.spec.transformers import CONFIG, transformer
+from tests.spec.transformers import CONFIG, cached, transformer, uncached
 
 TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (3, 14)).astype(np.int32)
 
 
-def drafted_logits(pair: ModelWithProphet, gamma: int, length_b: np.ndarray) -> np.ndarray:
+@functools.partial(jax.jit, static_argnames="gamma")
+def drafted_logits(pair: ModelWithProphet, length_b: jax.Array, *, gamma: int) -> jax.Array:
     """(B, J, V) logits that one decoding round sees behind the first tokens of each row, drafting the true ones."""
     prefill = pair.target(jnp.asarray(TOKENS[:, :12]))
-    sequence = Sequence(jnp.asarray(TOKENS), jnp.asarray(length_b, jnp.int32))
+    sequence = Sequence(jnp.asarray(TOKENS), length_b)
     drafter = Prophet(pair, gamma=gamma)
 
     def choose(logits_bv: jax.Array, offset: int | jax.Array) -> tuple[jax.Array, jax.Array]:
         return sequence.window(sequence.length_b + offset, 1)[:, 0], logits_bv
 
     state = drafter.start(pair.target, sequence, prefill, 32)
-    return np.asarray(drafter.propose(pair.target, sequence, None, state, choose).draft.log_probs_bjv)
+    return drafter.propose(pair.target, sequence, None, state, choose).draft.log_probs_bjv
+
+
+@jax.jit
+def read(pair: ModelWithProphet, states_bnd: jax.Array, tokens_bt: jax.Array) -> jax.Array:
+    """(B, T, V) logits of the prophet behind some of the target's states, then tokens."""
+    return pair.prophet.read(pair.prophet.embed(states_bnd, tokens_bt)).logits
 
 
 @pytest.mark.parametrize("starts", [1, 2, 3])
 def test_training_window_equals_decoding_round(starts: int):
     """The window at i holds states i … i + n − 1 and then tokens; a round with length i + n + 1 draws from it."""
     pair = random_pair(CONFIG, num_leading_start_tokens=starts, prophet_train_length=starts + 4)
-    windows = pair(jnp.asarray(TOKENS)).prophet_logits
+    windows = np.asarray(uncached(pair, TOKENS).prophet_logits)
     length_b = np.array([starts + 1, 8, 10])
-    drafted = drafted_logits(pair, 3, length_b)
+    drafted = np.asarray(drafted_logits(pair, length_b, gamma=3))
     for row, length in enumerate(length_b):
         expected = windows[row, length - 1 - starts, starts:]
         np.testing.assert_allclose(drafted[row], expected, atol=1e-5)
@@ -49,11 +57,11 @@ def test_training_window_equals_decoding_round(starts: int):
 def test_a_short_row_starts_from_the_states_it_has():
     """With three start states and one, two or three known tokens: none, one or two states, then the last token."""
     pair = random_pair(CONFIG, num_leading_start_tokens=3, prophet_train_length=8)
-    drafted = drafted_logits(pair, 2, np.array([1, 2, 3]))
-    hidden = pair.target(jnp.asarray(TOKENS[:, :12])).hidden
+    drafted = np.asarray(drafted_logits(pair, np.array([1, 2, 3]), gamma=2))
+    hidden = np.asarray(uncached(pair.target, TOKENS[:, :12]).hidden)
     for row, states in enumerate((0, 1, 2)):
-        inputs = pair.prophet.embed(hidden[row : row + 1, :states], jnp.asarray(TOKENS[row : row + 1, states:][:, :2]))
-        expected = pair.prophet.read(inputs).logits[0, states:]
+        logits = read(pair, hidden[row : row + 1, :states], TOKENS[row : row + 1, states:][:, :2])
+        expected = np.asarray(logits)[0, states:]
         np.testing.assert_allclose(drafted[row], expected, atol=1e-5)
 
 
@@ -61,12 +69,11 @@ def test_start_states_follow_each_rows_own_position():
     """After a round the states are those of one forward over all that is then known."""
     pair = random_pair(CONFIG)
     drafter, length_b, emitted_b = Prophet(pair, gamma=3), jnp.array([2, 5, 7]), jnp.array([1, 4, 2])
-    whole = pair.target(jnp.asarray(TOKENS))
+    whole = uncached(pair.target, TOKENS)
     sequence = Sequence(jnp.asarray(TOKENS), length_b)
     state = drafter.start(pair.target, sequence, whole, 32)
-    cache = pair.target(jnp.asarray(TOKENS), pair.target.init_cache(3, 20)).cache
-    assert cache is not None
-    scored = pair.target(sequence.window(length_b - 1, 4), cache.with_length(length_b - 1))
+    cache = cached(pair.target, TOKENS, pair.target.init_cache(3, 20)).cache
+    scored = cached(pair.target, sequence.window(length_b - 1, 4), cache.with_length(length_b - 1))
     after = drafter.update(state, scored, emitted_b)
     expected = drafter.start(pair.target, Sequence(jnp.asarray(TOKENS), length_b + emitted_b), whole, 32)
     np.testing.assert_allclose(after[1:], expected[1:], atol=1e-5)
@@ -82,15 +89,17 @@ def test_the_drafter_holds_no_second_target():
 
 def test_losses_are_means_over_all_windows():
     pair, tokens = random_pair(CONFIG), jnp.asarray(TOKENS)
-    output = pair(tokens)
+    output = uncached(pair, tokens)
     main, prophet = prophet_losses(pair, output, tokens)
-    np.testing.assert_allclose(main, next_token_loss(pair.target(tokens[:, :-1]).logits, tokens[:, 1:]), rtol=1e-6)
+    np.testing.assert_allclose(
+        main, next_token_loss(uncached(pair.target, tokens[:, :-1]).logits, tokens[:, 1:]), rtol=1e-6
+    )
     surprises = []
     for row in range(3):
         for start in range(14 - 6 + 1):
             window = tokens[row : row + 1, start : start + 6]
-            hidden = pair.target(tokens[row : row + 1, :-1]).hidden[:, start : start + 2]
-            logits = pair.prophet.read(pair.prophet.embed(hidden, window[:, 2:-1])).logits
+            hidden = uncached(pair.target, tokens[row : row + 1, :-1]).hidden[:, start : start + 2]
+            logits = read(pair, hidden, window[:, 2:-1])
             surprises.append(float(next_token_loss(logits, window[:, 1:])))
     np.testing.assert_allclose(prophet, np.mean(surprises), rtol=1e-5)
 
@@ -98,7 +107,7 @@ def test_losses_are_means_over_all_windows():
 def test_distillation_compares_the_same_positions():
     """0 when the prophet says what the target says, at every place of every window."""
     pair, tokens = random_pair(CONFIG), jnp.asarray(TOKENS)
-    output = pair(tokens)
+    output = uncached(pair, tokens)
     assert prophet_distillation_loss(pair, output) > 0.1
     perfect = dataclasses.replace(output, prophet_logits=pair.windows(output.logits) + 3.0)
     assert abs(prophet_distillation_loss(pair, perfect)) < 1e-6
@@ -109,7 +118,7 @@ def test_distillation_compares_the_same_positions():
 @pytest.mark.parametrize("detach", [False, True])
 def test_detaching_stops_the_prophets_loss_at_the_target(detach: bool):
     pair, tokens = random_pair(CONFIG, detach_target_hiddens=detach), jnp.asarray(TOKENS)
-    gradients = jax.grad(lambda pair: prophet_losses(pair, pair(tokens), tokens)[1])(pair)
+    gradients = jax.jit(jax.grad(lambda pair: prophet_losses(pair, pair(tokens), tokens)[1]))(pair)
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(gradients.target))
     assert (largest == 0) == detach
     for path, gradient in jax.tree_util.tree_leaves_with_path(gradients.prophet):

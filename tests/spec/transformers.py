@@ -62,7 +62,9 @@ def ragged_prompts(seed: int, batch: int, width: int, vocab_size: int = CONFIG.v
     return rng.integers(0, vocab_size, (batch, width)), lengths_b
 
 
-uncached = jax.jit(lambda decoder, tokens_bt: decoder(tokens_bt))
+# Compiled as a whole: one operation after the other is slower, even once.
+uncached = jax.jit(lambda model, tokens_bt: model(tokens_bt))
+cached = jax.jit(lambda decoder, tokens_bt, cache: decoder(tokens_bt, cache))
 
 
 @dataclasses.dataclass(frozen=True)
