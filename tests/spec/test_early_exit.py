@@ -145,7 +145,7 @@ def test_drafted_logits_are_the_uncached_exits(blocks: int, recycling: int):
     prefill = cached(decoder, tokens_bs, decoder.init_cache(3, width))
     cache, state = prefill.cache, drafter.start(decoder, Sequence(tokens_bs, jnp.asarray(length_b)), prefill, width)
     for round_, emitted_b in enumerate(np.array([[4, 1, 2], [1, 4, 4], [4, 4, 1], [2, 3, 4]])):
-        expected = np.asarray(_exit_logits(decoder, whole, length_b[:, None] - 2))
+        expected = np.asarray(uncached_exit_logits(decoder, whole, length_b[:, None] - 2))
         drafted_bjv, cache, state = drafted(cache, state, length_b, emitted_b)
         for offset in range(gamma):
             if not (blocks and recycling) or (round_ == 0 and offset == 0):
@@ -155,7 +155,7 @@ def test_drafted_logits_are_the_uncached_exits(blocks: int, recycling: int):
 
 
 @jax.jit
-def _exit_logits(decoder: Decoder, whole: Any, newest_b1: jax.Array) -> jax.Array:
+def uncached_exit_logits(decoder: Decoder, whole: Any, newest_b1: jax.Array) -> jax.Array:
     """(B, T, V): positions of the round see the newest final hidden state, all before it the one before themselves."""
     position_1t = jnp.arange(whole.hidden.shape[1])[None, :]
     source_bt = jnp.minimum(position_1t - 1, newest_b1)
