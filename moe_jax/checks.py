@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh
 
 
 def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
@@ -48,9 +50,17 @@ def instance(name: str, value: Any, kind: type) -> None:
 
 
 def function(name: str, value: Any) -> None:
-    """Raises ValueError when `value` cannot be called."""
+    """Raises ValueError when `value` cannot be called, or is a module: weights of its own would get no gradient."""
     if not callable(value):
         raise ValueError(f"{name} must be a function, got {value!r}")
+    if isinstance(value, nnx.Module):
+        raise ValueError(f"{name} must be a function without weights, got a {type(value).__name__}")
+
+
+def device_mesh(name: str, value: Any) -> None:
+    """Raises ValueError when `value` is no mesh."""
+    if not isinstance(value, AbstractMesh):
+        instance(name, value, Mesh)
 
 
 def array(name: str, value: Any) -> None:
@@ -62,7 +72,8 @@ def array(name: str, value: Any) -> None:
 def floating(name: str, dtype: Any) -> None:
     """Raises ValueError when `dtype` is no floating-point type."""
     try:
-        fits = jnp.issubdtype(dtype, jnp.floating)
+        # None is float64 to NumPy.
+        fits = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
     except TypeError:
         fits = False
     if not fits:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.checks import flag, floating, floating_array, function, instance, one_of, whole
+from moe_jax.checks import array, flag, floating, floating_array, function, instance, one_of, whole
 from moe_jax.grouped import by_group
 from moe_jax.grouping import Grouping, OneGroup
 from moe_jax.halves import Weights
@@ -100,7 +100,7 @@ class FeedForward(nnx.Module):
       rngs: for the initial weights; not kept.
       bias: whether the two products have a bias.
       mult_bias: whether the gated hidden state is multiplied by a vector (initially ones).
-      activation: of the gates.
+      activation: of the gates. A function without weights, which closes over nothing to be differentiated.
       init: see `initial_weights`.
       param_dtype: dtype of the weights.
 
@@ -214,6 +214,9 @@ class Experts(nnx.Module):
     def grouped(self, x_sd: jax.Array, sizes_e: jax.Array) -> jax.Array:
         """Rows sorted by expert, `sizes_e` each: (S, D) to (S, D). Rows beyond the last expert's are undefined."""
         x_sd = floating_array("x", x_sd)
+        array("sizes_e", sizes_e)
+        if sizes_e.ndim != 1 or not jnp.issubdtype(sizes_e.dtype, jnp.integer):
+            raise ValueError(f"sizes_e must be (E,) integers, got {sizes_e.shape} {sizes_e.dtype}")
         self._check(len(sizes_e), x_sd)
         return self._by_group(x_sd, sizes_e)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax.checks import flag, renamed
+from moe_jax.checks import flag, instance, renamed
 from moe_jax.config import MoEConfig
 from moe_jax.coordinate_descent import CoordinateDescent
 from moe_jax.dispatch import Dispatch
@@ -49,7 +49,8 @@ def config_from_torch(
 
     Args are the original's, with its defaults, and three of ours: `slot_order` (the original's is "choice"), `dispatch`
     and `recompute`. Unlike the original, evaluation is deterministic, and `differentiable_topk` keeps the router's
-    gates.
+    gates. The balance loss counts assignments before capacity, not what is left of them, so that the loss of a batch
+    that drops is another one; and both raw losses are returned in evaluation too, where the original has zeros.
 
     Raises:
       ValueError: an argument is out of range.
@@ -133,6 +134,7 @@ class _Weights:
     """A state dict that remembers what was taken from it."""
 
     def __init__(self, state_dict: StateDict) -> None:
+        instance("state_dict", state_dict, Mapping)
         self.arrays = {name: np.asarray(array) for name, array in state_dict.items()}
         self.left = {name for name in self.arrays if "threshold" not in name}
 

@@ -86,7 +86,7 @@ class MoE(nnx.Module):
         """Routes every token to its experts and sums what they make of it.
 
         Args:
-          x: (B, N, D) sequences, or (T, D) for one sequence. Any float dtype; routing is at least float32.
+          x: (B, N, D) sequences, or (T, D) for one sequence, in 16 bits or more. Routing is at least float32.
           train: whether noise, training policies and training capacity apply. Static.
           key: a PRNG key, where the configuration asks for randomness. Padding changes no other token's numbers.
           mask: (B, N) or (T,) bool, false for padding: not routed, without capacity, loss, metric or output.

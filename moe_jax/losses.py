@@ -24,7 +24,7 @@ class RouterTotals:
       kept_a: (A,) assignments kept per rank.
       z_squared: (), squared logsumexp of the un-noised logits. Differentiable.
       entropy: (), entropy of the router probabilities, in nats.
-      top_gate: (), largest gate of each token, kept or not.
+      top_gate: (), largest gate among each token's candidates, asked for or not.
       available: (), slots that the capacity factor allows.
       nonfinite: (), tokens with a logit that is not finite.
     """
@@ -51,7 +51,7 @@ class Metrics:
       wanted_a: (A,) share of tokens that asked for their candidate of each rank.
       dropped_a: (A,) share of the assignments asked for that capacity refused, per rank.
       router_entropy: (), mean entropy of the router probabilities, in nats; ln E when undecided.
-      top_gate: (), mean over tokens of the largest gate.
+      top_gate: (), mean over tokens of the largest gate among their candidates, asked for or not.
       capacity_used: (), share of the available slots in use.
       nonfinite_logits: (), share of tokens with a router logit that is not finite.
     """

@@ -31,7 +31,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.checks import instance
+from moe_jax.checks import device_mesh
 from moe_jax.config import MoEConfig
 from moe_jax.exchange import Exchange, ExchangedExperts
 from moe_jax.experts import Experts
@@ -73,8 +73,8 @@ def placement(config: MoEConfig, mesh: Mesh | None) -> Placement | None:
     Raises:
       ValueError: `mesh` is no mesh, has neither of the axes or is not the one set, or an axis is not of type Auto.
     """
-    if not isinstance(mesh, AbstractMesh | None):
-        instance("mesh", mesh, Mesh)
+    if mesh is not None:
+        device_mesh("mesh", mesh)
     names = (config.data_axis, config.expert_axis)
     around = jax.sharding.get_abstract_mesh()
     found = around if mesh is None else mesh

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.checks import floating, number
+from moe_jax.checks import array, floating, number
 
 # Loads this close to the mean, relative to it, are at the mean: float32 sums are no more exact.
 ROUNDING = 1e-6
@@ -37,10 +37,13 @@ def updated_router_bias(bias_e: jax.Array, load_e: jax.Array, rate: float = 1e-3
       (E,) in the dtype of `bias_e`, a new array.
 
     Raises:
-      ValueError: the bias is not floating point, the shapes differ, or `rate` is no finite number of at least 0.
+      ValueError: one is no array, the bias is not floating point, the shapes differ, or `rate` is no finite number of
+        at least 0.
 
     Source: DeepSeek-V3 2412.19437 section 2.1.2; Wang et al. 2408.15664 algorithm 1.
     """
+    array("bias_e", bias_e)
+    array("load_e", load_e)
     floating("bias_e", bias_e.dtype)
     if not isinstance(rate, jax.Array):
         number("rate", rate, 0)

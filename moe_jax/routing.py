@@ -5,6 +5,7 @@ dataclass with a `choose` function; `moe_jax.slots.assign_slots` turns its `Choi
 groups, masks and slot orders work alike for every router.
 """
 
+import abc
 import dataclasses
 import numbers
 from collections.abc import Callable
@@ -90,8 +91,8 @@ class RouterInputs:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Router:
-    """What `MoE` needs to know of a router; a new router is a subclass with its own `choose`."""
+class Router(abc.ABC):
+    """What `MoE` needs to know of a router; a new router is a subclass with its own `num_choices` and `choose`."""
 
     @property
     def slot_order(self) -> SlotOrder | None:
@@ -108,20 +109,20 @@ class Router:
         """Whether the layer holds a bias that steers the choice, for `RouterInputs.bias_e`."""
         return False
 
+    @abc.abstractmethod
     def num_choices(self, num_experts: int) -> int:
         """A, the number of candidates per token."""
-        raise NotImplementedError
 
     def draws(self, *, train: bool) -> bool:
         """Whether `choose` needs `uniform_ta`."""
         return False
 
-    def check(self, num_experts: int) -> None:
+    def check(self, num_experts: int) -> None:  # noqa: B027 - not abstract: some serve any number
         """Raises ValueError when the router cannot serve this many experts."""
 
+    @abc.abstractmethod
     def choose(self, inputs: RouterInputs, *, train: bool) -> Choice:
         """Candidates, gates and probabilities of every token."""
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

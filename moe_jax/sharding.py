@@ -7,6 +7,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from moe_jax.checks import device_mesh
+
 # Parameters of `Experts`, known by their names: these are the same in a module, its gradients, the state of an
 # optimiser and a checkpoint. The number is that of their own axes, experts first; axes before those are layers.
 STACKED = {"w_in_edf": 3, "b_in_ef": 2, "mult_bias_ef": 2, "w_out_efd": 3, "b_out_ed": 2}
@@ -36,7 +38,11 @@ def param_shardings(
 
     Returns:
       The tree with a `NamedSharding` for each array.
+
+    Raises:
+      ValueError: `mesh` is no mesh.
     """
+    device_mesh("mesh", mesh)
     sizes = dict(mesh.shape)
 
     def sharding(path: tuple[Any, ...], leaf: jax.Array) -> NamedSharding:
@@ -63,7 +69,11 @@ def token_sharding(mesh: Mesh, batch: int, *, data_axis: str = "data", expert_ax
       batch: B.
       data_axis: its name.
       expert_axis: its name.
+
+    Raises:
+      ValueError: `mesh` is no mesh.
     """
+    device_mesh("mesh", mesh)
     sizes = dict(mesh.shape)
     axes = tuple(axis for axis in (data_axis, expert_axis) if axis in sizes)
     for split in (axes, axes[:1]):

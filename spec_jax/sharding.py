@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA, MODEL = "data", "model"
 Tree = TypeVar("Tree")
@@ -42,10 +42,13 @@ def decoder_shardings(model: Tree, mesh: Mesh) -> Tree:
       A pytree of `NamedSharding` like `model`, for `jax.device_put`.
 
     Raises:
-      ValueError: an axis `data` or `model` that is not of type Auto: where arrays lie on it is left to the compiler.
+      ValueError: no mesh, or an axis `data` or `model` that is not of type Auto: where arrays lie on it is left to the
+        compiler.
 
     Source: Megatron-LM 1909.08053 section 3 (columns of the first product, rows of the second).
     """
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise ValueError(f"mesh must be a Mesh, got {mesh!r}")
     for name, kind in zip(mesh.axis_names, mesh.axis_types):
         if name in (DATA, MODEL) and kind != AxisType.Auto:
             raise ValueError(

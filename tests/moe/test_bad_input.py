@@ -17,6 +17,7 @@ from moe_jax import (
     MoE,
     MoEConfig,
     RMSNorm,
+    Router,
     RouterInputs,
     Routing,
     SparseMoEBlock,
@@ -25,8 +26,10 @@ from moe_jax import (
     capacity,
     mixture,
     moe_from_torch,
+    param_shardings,
     relaxed_top_k,
     token_groups,
+    token_sharding,
     upcycle,
     updated_router_bias,
 )
@@ -169,7 +172,13 @@ def slots_of_five_tokens(*, grouped: int = 5, **changes: Any) -> Routing:
         (lambda: config(router="top2"), "router must be a Router, got 'top2'"),
         (lambda: config(router=TopN), "router must be a Router, got <class"),
         (lambda: config(activation="gelu"), "activation must be a function, got 'gelu'"),
+        (
+            lambda: FeedForward(8, 10, rngs=nnx.Rngs(0), activation=nnx.PReLU()),
+            "activation must be a function without weights, got a PReLU",
+        ),
+        (lambda: config(activation=nnx.PReLU()), "activation must be a function without weights, got a PReLU"),
         (lambda: config(param_dtype=jnp.int32), "param_dtype must be floating point, got"),
+        (lambda: config(param_dtype=None), "param_dtype must be floating point, got None"),
         (lambda: config(param_dtype="floaty"), "param_dtype must be floating point, got floaty"),
         (lambda: layer()(hidden_states(*X), train=anything(2)), "train must be a bool, got 2"),
         (lambda: layer()(anything([[0.0] * 8]), train=True), "x must be an array, got a list"),
@@ -268,6 +277,19 @@ def slots_of_five_tokens(*, grouped: int = 5, **changes: Any) -> Routing:
             "rate must be finite and at least 0, got nan",
         ),
         (lambda: updated_router_bias(jnp.zeros(3), jnp.zeros((2, 3))), r"load_e must be \(3,\), .* got \(2, 3\)"),
+        (lambda: updated_router_bias(anything([0.0] * 3), jnp.zeros(3)), "bias_e must be an array, got a list"),
+        (lambda: updated_router_bias(jnp.zeros(3), anything(None)), "load_e must be an array, got a NoneType"),
+        (lambda: param_shardings(layer(), anything(None)), "mesh must be a Mesh, got None"),
+        (lambda: token_sharding(anything((2, 4)), 8), r"mesh must be a Mesh, got \(2, 4\)"),
+        (
+            lambda: Experts(2, 8, 10, rngs=nnx.Rngs(0)).grouped(hidden_states(5, 8), anything([2, 3])),
+            "sizes_e must be an array, got a list",
+        ),
+        (
+            lambda: Experts(2, 8, 10, rngs=nnx.Rngs(0)).grouped(hidden_states(5, 8), jnp.ones(2)),
+            r"sizes_e must be \(E,\) integers, got \(2,\) f",
+        ),
+        (lambda: moe_from_torch(anything(None), dim=8), "state_dict must be a Mapping, got None"),
         (lambda: moe_from_torch({}, dim=8, gating_top_n=3, num_experts=2), "gating_top_n must be at most num_experts"),
         (
             lambda: moe_from_torch({}, dim=8, expert_hidden_mult=-1),
@@ -282,6 +304,11 @@ def slots_of_five_tokens(*, grouped: int = 5, **changes: Any) -> Routing:
 def test_refused(make: Callable[[], object], message: str):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_router_without_a_choice_of_its_own_is_refused():
+    with pytest.raises(TypeError, match=r"abstract class Router .*choose.*num_choices"):
+        anything(Router)()
 
 
 def test_no_key_is_needed_where_nothing_is_random():

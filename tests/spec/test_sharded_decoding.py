@@ -175,6 +175,11 @@ def test_explicit_axes_are_refused():
         decoder_shardings(transformer(0), mesh)
 
 
+def test_no_mesh_is_refused():
+    with pytest.raises(ValueError, match="mesh must be a Mesh, got None"):
+        decoder_shardings(transformer(0), None)  # pyright: ignore[reportArgumentType]
+
+
 def test_rows_under_a_shard_map_are_cut_already():
     rows, spec = jnp.ones((4, 3)), jax.sharding.PartitionSpec("data")
     with jax.set_mesh(mesh_of({"data": 2})):
