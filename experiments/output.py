@@ -55,18 +55,21 @@ def prepare_output(output: pathlib.Path, *, resume: bool, overwrite: bool) -> No
       ValueError: it cannot be written; it holds a run and neither `resume` nor `overwrite` is given; or there is
         nothing to resume, or no more than the checkpoints of a run.
     """
-    make_folder(output)
     if resume:
+        # Before the folder is made: one that is not there is not left behind.
         with checkpoints.open_run(output, argument="output"):
             pass
         if (folder := checkpoints.run_folder(output)) != output:
             raise ValueError(f"output must be the folder of the run, {folder}, got that of its checkpoints, {output}")
+        make_folder(output)
         return
+    make_folder(output)
     present = [name for name in CONTENTS if (output / name).exists()]
     if present and not overwrite:
+        going_on = "add --resume to go on with that run, " if _has_checkpoint(output) else "add "
         raise ValueError(
-            f"output must be a folder without a run, got {output}, which holds {', '.join(present)}: add --resume to "
-            "go on with that run, --overwrite to delete it, or choose another --output"
+            f"output must be a folder without a run, got {output}, which holds {', '.join(present)}: {going_on}"
+            "--overwrite to delete it, or choose another --output"
         )
     for name in present:
         path = output / name
@@ -74,6 +77,14 @@ def prepare_output(output: pathlib.Path, *, resume: bool, overwrite: bool) -> No
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def _has_checkpoint(output: pathlib.Path) -> bool:
+    try:
+        with checkpoints.open_run(output):
+            return True
+    except ValueError:
+        return False
 
 
 def write_configuration(output: pathlib.Path, configuration: Mapping[str, Any]) -> None:

@@ -64,11 +64,7 @@ def checked_drafter(target: LanguageModel, drafter: Drafter, verification: str, 
         raise ValueError(
             f"drafter must have the target's vocabulary of {target.vocab_size} tokens, got {drafter.vocab_size}"
         )
-    try:
-        rule = Verification(verification)
-    except ValueError:
-        names = ", ".join(repr(str(name)) for name in Verification)
-        raise ValueError(f"verification must be one of {names}, got {verification!r}") from None
+    rule = checked_rule(verification)
     if isinstance(lenience, jax.Array) and not isinstance(lenience, Tracer) and lenience.ndim == 0:
         lenience = lenience.item()
     kind = float | int | np.number
@@ -78,6 +74,19 @@ def checked_drafter(target: LanguageModel, drafter: Drafter, verification: str, 
     if lenience != 1 and rule != Verification.REJECTION:
         raise ValueError(f"lenience must be 1 for verification {str(rule)!r}: only 'rejection' has it; got {lenience}")
     return rule
+
+
+def checked_rule(verification: str) -> Verification:
+    """The rule of that name.
+
+    Raises:
+      ValueError: there is none.
+    """
+    try:
+        return Verification(verification)
+    except ValueError:
+        names = ", ".join(repr(str(name)) for name in Verification)
+        raise ValueError(f"verification must be one of {names}, got {verification!r}") from None
 
 
 def checked_sampling(sampling: Any) -> Sampling:

@@ -58,8 +58,8 @@ class Decoder(nnx.Module):
           Logits, hidden states, and the cache T positions longer.
 
         Raises:
-          ValueError: tokens of another rank or dtype, or more of them than the cache has slots; a cache of another
-            batch or model.
+          ValueError: no tokens, tokens of another rank or dtype, or more of them than the cache has slots; a cache of
+            another batch or model.
         """
         self._check(tokens_bt, cache)
         early_btd, cache = self.early(tokens_bt, cache)
@@ -144,8 +144,10 @@ class Decoder(nnx.Module):
 
     def _check(self, tokens_bt: jax.Array, cache: KVCache | None) -> None:
         """Raises ValueError where `__call__` does."""
-        if tokens_bt.ndim != 2 or not jnp.issubdtype(tokens_bt.dtype, jnp.integer):
-            raise ValueError(f"tokens must be (B, T) integers, got {tokens_bt.shape} {tokens_bt.dtype}")
+        if not hasattr(tokens_bt, "dtype"):
+            raise ValueError(f"tokens must be an array, got a {type(tokens_bt).__name__}")
+        if tokens_bt.ndim != 2 or 0 in tokens_bt.shape or not jnp.issubdtype(tokens_bt.dtype, jnp.integer):
+            raise ValueError(f"tokens must be (B, T) integers and not empty, got {tokens_bt.shape} {tokens_bt.dtype}")
         if cache is None:
             return
         config, (batch, positions) = self.config, tokens_bt.shape

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.core import Tracer
 from numpy.typing import ArrayLike
 
 from spec_jax import checks, loop
@@ -173,7 +174,8 @@ def stream(
 ) -> Iterator[StreamedRound]:
     """The rounds of `speculative_decoding` one by one, driven from Python; the same tokens for the same key.
 
-    Args: as in `speculative_decoding`; `drafter=None` streams `base_decoding`.
+    Args: as in `speculative_decoding`, but none of them traced; `drafter=None` streams `base_decoding`, by whatever
+    rule.
 
     Returns:
       An iterator of rounds, until every row is finished. Arguments are checked when it is made, not when it is read.
@@ -182,11 +184,15 @@ def stream(
       ValueError: an argument that cannot be; named, with what was expected and what came.
     """
     if drafter is None:
+        checks.checked_rule(verification)
         drafter, verification = Plain(), Verification.COUPLED
     prepared = _prepare(
         target, drafter, prompt, prompt_length, max_new_tokens, key, sampling, eos_id, pad_id, verification, lenience,
         row_ids, cache_size,
     )  # fmt: skip
+    for name, value in (("target", target), ("drafter", drafter), ("key", key), ("sampling", sampling)):
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value)):
+            raise ValueError(f"{name} must not be traced: rounds come to the host, got one that is")
     return _rounds(target, prepared)
 
 

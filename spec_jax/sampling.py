@@ -60,10 +60,10 @@ class Sampling:
 
 
 def _require(name: str, value: Scalar, holds, expected: str) -> None:
-    if isinstance(value, Tracer):
-        return
     numeric = isinstance(value, float | int | np.number | np.ndarray | jax.Array) and not isinstance(value, bool)
-    if not numeric or np.ndim(value) != 0 or not holds(float(value)):
+    # Of a traced one only the shape is known.
+    scalar = numeric and np.ndim(value) == 0
+    if not scalar or not (isinstance(value, Tracer) or holds(float(value))):
         raise ValueError(f"{name} must be {expected}, got {repr(value) if isinstance(value, str) else value}")
 
 

@@ -111,6 +111,8 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     ):
         train(config)
     assert not list((config.output / "checkpoints").iterdir())
+    with pytest.raises(ValueError, match=r"which holds checkpoints, .*: add --overwrite to delete it, or choose"):
+        train(config)
 
 
 def test_nan_late_in_a_run(tmp_path):
@@ -126,7 +128,7 @@ def test_nan_late_in_a_run(tmp_path):
         loss, report = loss_fn(models, tokens_bt)
         return jnp.where((tokens_bt == bad_bt).all(), jnp.inf, loss), report
 
-    message = "the loss of step 6 is inf, training stopped; the checkpoint of step 4 is good"
+    message = "loss of step 6 is inf, training stopped; the checkpoint of step 4 is good .*; start again with a lower"
     for start in (config, dataclasses.replace(good, resume=True)):
         with pytest.raises(NonFiniteLossError, match=message):
             train(start, dataclasses.replace(train_draft.task(config), loss_fn=poisoned))
@@ -188,6 +190,7 @@ def test_bad_input_before_any_compute(changes, message, finished):
     with pytest.raises(ValueError, match=message):
         train(config, task)
     assert sorted(path.name for path in (folder / "run").rglob("*")) == before
+    assert not (folder / "nothing").exists()
 
 
 def test_models_that_cannot_be_are_refused_before_a_run_is_overwritten(finished):

@@ -186,6 +186,22 @@ def test_arrays_that_are_traced(name: str):
         jax.jit(lambda x: base_decoding(TARGET, **good(**{name: x})).tokens)(jnp.asarray(value))
 
 
+@pytest.mark.parametrize("name", ["temperature", "top_p", "min_p"])
+def test_one_number_for_each_row_traced(name: str):
+    """As many as there are tokens: they would be taken for one each."""
+    with pytest.raises(ValueError, match=f"{name} must be .*, got .*Tracer"):
+        jax.jit(lambda x: base_decoding(TARGET, **good(sampling=Sampling(**{name: x}))))(jnp.ones(TARGET.vocab_size))
+
+
+def test_a_stream_is_of_the_host():
+    with pytest.raises(ValueError, match="key must not be traced: rounds come to the host, got one that is"):
+        jax.jit(lambda key: stream(TARGET, None, **good(key=key)))(jax.random.key(0))
+    with pytest.raises(ValueError, match="target must not be traced: rounds come to the host, got one that is"):
+        jax.jit(lambda target: stream(target, None, **good()))(TARGET)
+    with pytest.raises(ValueError, match=r"verification must be one of .*, got 'typical'"):
+        stream(TARGET, None, **good(verification="typical"))
+
+
 def test_a_lenience_that_is_traced():
     with pytest.raises(ValueError, match=r"lenience must be in \(0, 1\], got .*Tracer"):
         jax.jit(lambda x: speculative_decoding(TARGET, SmallModel(DRAFT), lenience=x, **good()).tokens)(0.5)

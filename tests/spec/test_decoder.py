@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -170,15 +171,17 @@ def test_rotary_is_relative():
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
-        (np.zeros((3,), np.int32), r"tokens must be \(B, T\) integers, got \(3,\) int32"),
-        (np.zeros((2, 3), np.float32), r"tokens must be \(B, T\) integers, got \(2, 3\) float32"),
+        (np.zeros((3,), np.int32), r"tokens must be \(B, T\) integers and not empty, got \(3,\) int32"),
+        (np.zeros((2, 3), np.float32), r"tokens must be \(B, T\) integers and not empty, got \(2, 3\) float32"),
+        (np.zeros((3, 0), np.int32), r"tokens must be \(B, T\) integers and not empty, got \(3, 0\) int32"),
+        ([[1, 2]], "tokens must be an array, got a list"),
         (np.zeros((3, 9), np.int32), r"tokens must fit the cache's 8 slots, got 9 a row"),
     ],
 )
-def test_bad_tokens(tokens: np.ndarray, message: str):
+def test_bad_tokens(tokens: Any, message: str):
     decoder = transformer(0)
     with pytest.raises(ValueError, match=message):
-        decoder(jnp.asarray(tokens), decoder.init_cache(3, 8))
+        decoder(tokens, decoder.init_cache(3, 8))
 
 
 @pytest.mark.parametrize(
