@@ -57,13 +57,20 @@ def prepare_output(output: pathlib.Path, *, resume: bool, overwrite: bool) -> No
     """
     if resume:
         # Before the folder is made: one that is not there is not left behind.
-        with checkpoints.open_run(output, argument="output"):
-            pass
-        if (folder := checkpoints.run_folder(output)) != output:
-            raise ValueError(f"output must be the folder of the run, {folder}, got that of its checkpoints, {output}")
-        make_folder(output)
-        return
+        _check_run(output)
     make_folder(output)
+    if not resume:
+        _delete_run(output, overwrite=overwrite)
+
+
+def _check_run(output: pathlib.Path) -> None:
+    with checkpoints.open_run(output, argument="output"):
+        pass
+    if (folder := checkpoints.run_folder(output)) != output:
+        raise ValueError(f"output must be the folder of the run, {folder}, got that of its checkpoints, {output}")
+
+
+def _delete_run(output: pathlib.Path, *, overwrite: bool) -> None:
     present = [name for name in CONTENTS if (output / name).exists()]
     if present and not overwrite:
         going_on = "add --resume to go on with that run, " if _has_checkpoint(output) else "add "

@@ -100,6 +100,13 @@ def checked_sampling(sampling: Any) -> Sampling:
     return sampling.checked()
 
 
+def check_not_traced(**arguments: Any) -> None:
+    """Raises ValueError where an argument, or an array in it, is traced."""
+    for name, value in arguments.items():
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value)):
+            raise ValueError(f"{name} must be known on the host, where a stream's rounds go, got it traced")
+
+
 def checked_row_ids(row_ids: ArrayLike | None, batch: int) -> jax.Array:
     """(B,) uint32 row names.
 

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax.core import Tracer
 from numpy.typing import ArrayLike
 
 from spec_jax import checks, loop
@@ -190,9 +189,7 @@ def stream(
         target, drafter, prompt, prompt_length, max_new_tokens, key, sampling, eos_id, pad_id, verification, lenience,
         row_ids, cache_size,
     )  # fmt: skip
-    for name, value in (("target", target), ("drafter", drafter), ("key", key), ("sampling", sampling)):
-        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value)):
-            raise ValueError(f"{name} must not be traced: rounds come to the host, got one that is")
+    checks.check_not_traced(target=target, drafter=drafter, key=key, sampling=sampling)
     return _rounds(target, prepared)
 
 

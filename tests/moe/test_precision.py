@@ -85,12 +85,13 @@ def test_float64_stays_float64():
 
 def test_numpy_arrays_of_float64_are_taken_as_jax_takes_them():
     """Without a warning, too: here warnings are errors."""
+    # Made beforehand: layers are kept for other tests, and one made in a trace would be of it.
+    moe = layer()
     x: Any = np.ones((2, 4, 8))
 
     @jax.jit
     def outputs() -> list[jax.Array]:
         # No arguments: JAX would have taken those before we do.
-        moe = layer()
         return [
             moe(x, train=True).outputs,
             SparseMoEBlock(moe, add_ff_before=True, rngs=nnx.Rngs(0))(x, train=True).outputs,

@@ -21,6 +21,7 @@ from spec_jax import (
     NGram,
     Prophet,
 )
+from spec_jax.drafters.base import Choose, Sequence
 from tests.spec.transformers import random_weights, transformer
 
 NAMES = ("early exit", "early exit with blocks", "layer skip", "prophet", "n-gram")
@@ -78,6 +79,15 @@ def random_pair(config: DecoderConfig, *, head_scale: float = 4.0, **options: An
         return ModelWithProphet(Decoder(config, rngs=rngs), Decoder(small, rngs=rngs), rngs=rngs, **options)
 
     return random_weights(0, nnx.eval_shape(make), head_scale=head_scale)
+
+
+def drafting_what_is_there(sequence: Sequence) -> Choose:
+    """So that rows are known beforehand: `choose` gives the next token of each, and the logits where a law belongs."""
+
+    def choose(logits_bv: jax.Array, offset: int | jax.Array) -> tuple[jax.Array, jax.Array]:
+        return sequence.window(sequence.length_b + offset, 1)[:, 0], logits_bv
+
+    return choose
 
 
 def all_logits(target: Any, rows: list[tuple[int, ...]]) -> dict[tuple[int, ...], np.ndarray]:

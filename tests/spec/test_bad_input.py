@@ -194,9 +194,9 @@ def test_one_number_for_each_row_traced(name: str):
 
 
 def test_a_stream_is_of_the_host():
-    with pytest.raises(ValueError, match="key must not be traced: rounds come to the host, got one that is"):
+    with pytest.raises(ValueError, match="key must be known on the host, where a stream's rounds go, got it traced"):
         jax.jit(lambda key: stream(TARGET, None, **good(key=key)))(jax.random.key(0))
-    with pytest.raises(ValueError, match="target must not be traced: rounds come to the host, got one that is"):
+    with pytest.raises(ValueError, match="target must be known on the host, where a stream's rounds go, got it traced"):
         jax.jit(lambda target: stream(target, None, **good()))(TARGET)
     with pytest.raises(ValueError, match=r"verification must be one of .*, got 'typical'"):
         stream(TARGET, None, **good(verification="typical"))

@@ -17,6 +17,7 @@ from spec_jax.drafters.base import Proposal, Sequence
 from spec_jax.drafters.early_exit import EarlyExitState
 from spec_jax.losses import early_exit_logits, next_token_loss
 from spec_jax.verification import Draft
+from tests.spec.strategies import drafting_what_is_there
 from tests.spec.transformers import CONFIG, cached, transformer, uncached
 
 EXIT = dataclasses.replace(CONFIG, depth=3, early_exit_layer=1)
@@ -132,13 +133,9 @@ def test_drafted_logits_are_the_uncached_exits(blocks: int, recycling: int):
     @jax.jit
     def drafted(cache: Any, state: Any, length_b: jax.Array, emitted_b: jax.Array) -> tuple[jax.Array, Any, Any]:
         """Logits that a round drafts from, and the caches and states behind it."""
-
-        def teach(logits_bv: jax.Array, offset: int | jax.Array) -> tuple[jax.Array, jax.Array]:
-            """Drafts what is there, so that the rows are known beforehand; the logits come back with the draft."""
-            return sequence.window(length_b + offset, 1)[:, 0], logits_bv
-
         sequence = Sequence(tokens_bs, length_b)
-        proposal = drafter.propose(decoder, sequence, cache.with_length(length_b - 1), state, teach)
+        choose = drafting_what_is_there(sequence)
+        proposal = drafter.propose(decoder, sequence, cache.with_length(length_b - 1), state, choose)
         scored: Any = drafter.score(decoder, proposal, sequence.window(length_b - 1, gamma + 1))
         return proposal.draft.log_probs_bjv, scored.cache, drafter.update(proposal.state, scored, emitted_b)
 

@@ -15,7 +15,7 @@ from flax import nnx
 from spec_jax import ModelWithProphet, Prophet
 from spec_jax.drafters.base import Sequence
 from spec_jax.losses import next_token_loss, prophet_distillation_loss, prophet_losses
-from tests.spec.strategies import random_pair
+from tests.spec.strategies import drafting_what_is_there, random_pair
 from tests.spec.transformers import CONFIG, cached, transformer, uncached
 
 TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (3, 14)).astype(np.int32)
@@ -27,10 +27,7 @@ def drafted_logits(pair: ModelWithProphet, length_b: jax.Array, *, gamma: int) -
     prefill = pair.target(jnp.asarray(TOKENS[:, :12]))
     sequence = Sequence(jnp.asarray(TOKENS), length_b)
     drafter = Prophet(pair, gamma=gamma)
-
-    def choose(logits_bv: jax.Array, offset: int | jax.Array) -> tuple[jax.Array, jax.Array]:
-        return sequence.window(sequence.length_b + offset, 1)[:, 0], logits_bv
-
+    choose = drafting_what_is_there(sequence)
     state = drafter.start(pair.target, sequence, prefill, 32)
     return drafter.propose(pair.target, sequence, None, state, choose).draft.log_probs_bjv
 

@@ -25,7 +25,7 @@ from spec_jax import (
 )
 from spec_jax import decoding as decoding_module
 from spec_jax.drafters.base import Sequence
-from tests.spec.strategies import NAMES, random_pair, strategy
+from tests.spec.strategies import NAMES, drafting_what_is_there, random_pair, strategy
 from tests.spec.test_early_exit import TOKENS
 from tests.spec.test_equality import SAMPLINGS
 from tests.spec.toys import random_toy
@@ -191,10 +191,7 @@ def test_layer_skip_drafts_with_the_thinned_model(attention: tuple[int, ...], fe
     @jax.jit
     def drafted_and_thinned(length_b: jax.Array) -> tuple[jax.Array, jax.Array]:
         sequence = Sequence(TOKENS, length_b)
-
-        def choose(logits_bv: jax.Array, offset: int | jax.Array) -> tuple[jax.Array, jax.Array]:
-            return sequence.window(length_b + offset, 1)[:, 0], logits_bv
-
+        choose = drafting_what_is_there(sequence)
         cache = target(TOKENS, target.init_cache(3, 16)).cache
         assert cache is not None
         drafter = LayerSkip(attention, feed_forward, gamma=3)
