@@ -1,5 +1,5 @@
 """Training, generation and benchmarks built on `spec_jax` and `moe_jax`."""
 
-from experiments.huge_pages import restart_with_huge_pages
+from experiments.start import prepare_script
 
-restart_with_huge_pages()
+prepare_script()

@@ -213,6 +213,11 @@ def open_run(run: pathlib.Path, *, argument: str = "checkpoint") -> Checkpoints:
     return checkpoints
 
 
+def has_checkpoint(output: pathlib.Path) -> bool:
+    """Whether a run has a complete checkpoint. One of several processes may ask alone, which may not open them."""
+    return any(path.name.isdecimal() for path in (output / FOLDER).glob("*"))
+
+
 def newest(output: pathlib.Path) -> tuple[int, dict[str, Any]] | None:
     """Step and configuration of a run's newest checkpoint, or None where there is none yet."""
     if not (output / FOLDER).is_dir():

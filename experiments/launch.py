@@ -30,7 +30,8 @@ from experiments.checks import at_least
 COORDINATOR = "JAX_COORDINATOR_ADDRESS"
 PROCESSES = "JAX_NUM_PROCESSES"
 PROCESS_INDEX = "JAX_PROCESS_ID"
-BAD_INPUT = 2
+# Exit codes of a program that has told the user why it ends.
+BAD_INPUT, NOT_FINITE = 2, 3
 
 # When one has ended with an error, the others notice it by themselves, or end like it with their last checkpoint
 # written. Whatever still runs so long after is killed.
@@ -109,12 +110,16 @@ def launch(config: LaunchConfig, command: Sequence[str]) -> int:
                 signal.signal(number, handler)
         if not failed:
             return 0
-        codes = [process.returncode if process.returncode >= 0 else 128 - process.returncode for process in failed]
-        for process, code in zip(failed, codes, strict=True):
-            if index := processes.index(process):
+        codes = {processes.index(process): _exit_code(process) for process in failed}
+        if codes.get(0) in (BAD_INPUT, NOT_FINITE):
+            # What the others said when they lost it would hide that.
+            return codes[0]
+        asked = {128 + number for number, _ in signals}
+        for index, code in codes.items():
+            if index and code not in asked:
                 lines = logs[index].read_text(errors="replace").splitlines()[-LINES_SHOWN:]
                 print(f"process {index} ended first, exit code {code}:", *lines, sep="\n  ", file=sys.stderr)
-        return codes[0]
+        return next(iter(codes.values()))
 
 
 def free_port() -> int:
@@ -135,6 +140,11 @@ def _start(command: Sequence[str], environment: Mapping[str, str], log: pathlib.
             )
     except OSError as error:
         raise ValueError(f"command must be a program and its arguments, got {command[0]}: {error.strerror}") from error
+
+
+def _exit_code(process: subprocess.Popen[bytes]) -> int:
+    """As a shell gives it: 128 + n where signal n ended the process."""
+    return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
 
 def _signal(process: subprocess.Popen[bytes], number: int) -> None:

@@ -69,16 +69,23 @@ class Metrics:
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
 
+    def flush(self) -> None:
+        """Returns when all records are in the files: a run goes on from a checkpoint, and writes none from before it."""
+        self._tensorboard.flush()
 
-def read_metrics(output: pathlib.Path) -> list[dict[str, float]]:
-    """The records of a run so far; a line that a kill cut off is left out."""
-    path = output / FILE
+
+def read_metrics(output: pathlib.Path | str) -> list[dict[str, float]]:
+    """The records of a run so far, up to the first line that is none: a kill may cut off the last."""
+    path = pathlib.Path(output, FILE)
     records = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
             break
+        if not isinstance(record, dict) or "step" not in record:
+            break
+        records.append(record)
     return records
 
 

@@ -73,25 +73,24 @@ def _check_run(output: pathlib.Path) -> None:
 def _delete_run(output: pathlib.Path, *, overwrite: bool) -> None:
     present = [name for name in CONTENTS if (output / name).exists()]
     if present and not overwrite:
-        going_on = "add --resume to go on with that run, " if _has_checkpoint(output) else "add "
+        going_on = "add --resume to go on with that run, " if checkpoints.has_checkpoint(output) else "add "
         raise ValueError(
             f"output must be a folder without a run, got {output}, which holds {', '.join(present)}: {going_on}"
             "--overwrite to delete it, or choose another --output"
         )
     for name in present:
-        path = output / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        _delete(output / name)
 
 
-def _has_checkpoint(output: pathlib.Path) -> bool:
-    try:
-        with checkpoints.open_run(output):
-            return True
-    except ValueError:
-        return False
+def _delete(path: pathlib.Path) -> None:
+    """A file, or a folder and what is in it. A link to a folder stays, and the folder is empty then."""
+    if not path.is_dir():
+        path.unlink()
+        return
+    folder = path.resolve()
+    shutil.rmtree(folder)
+    if path.is_symlink():
+        folder.mkdir()
 
 
 def write_configuration(output: pathlib.Path, configuration: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -14,12 +15,11 @@ from rich.text import Text
 
 from experiments.config import RunConfig
 from experiments.data import cache_folder
-from experiments.launch import COORDINATOR, PROCESS_INDEX, PROCESSES
+from experiments.launch import BAD_INPUT, COORDINATOR, NOT_FINITE, PROCESS_INDEX, PROCESSES
+from experiments.signals import ended_by_interrupt, interrupt
 from experiments.training import NonFiniteLossError
 
 FAILED = 1
-BAD_INPUT = 2
-NOT_FINITE = 3
 INTERRUPTED = 130
 
 # A process not heard of for so long is taken for dead, and JAX ends the others. Many deaths show earlier, as broken
@@ -56,13 +56,14 @@ def start_processes(config: RunConfig) -> None:
     where = f" at {coordinator}" if coordinator else ""
     waiting = f"waiting for all processes to join{where}: {config.join_timeout} seconds at most (join_timeout)"
     print(waiting, file=sys.stderr, flush=True)
-    jax.distributed.initialize(
-        coordinator,
-        processes,
-        index,
-        initialization_timeout=config.join_timeout,
-        heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_SECONDS,
-    )
+    with ended_by_interrupt():
+        jax.distributed.initialize(
+            coordinator,
+            processes,
+            index,
+            initialization_timeout=config.join_timeout,
+            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_SECONDS,
+        )
 
 
 def _integer(variable: str) -> int | None:
@@ -94,11 +95,15 @@ def exit_with(main: Callable[[], int]) -> None:
     """
     # Orbax tells every step of its work to absl's log.
     logging.getLogger("absl").setLevel(logging.ERROR)
+    # Not before: see `start.end_at_interrupt`.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, interrupt)
     try:
         sys.exit(main())
     except (Exception, KeyboardInterrupt) as error:
         code = _explained(error)
-        if jax.distributed.is_initialized():
+        # Nor does Ctrl-C wait for threads: one of JAX's lives for a minute if it came while JAX looked for devices.
+        if jax.distributed.is_initialized() or isinstance(error, KeyboardInterrupt):
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)

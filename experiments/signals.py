@@ -2,16 +2,44 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
 import threading
-from types import TracebackType
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from rich.console import Console
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Raises KeyboardInterrupt, as Python's own handler of SIGINT does, but not where it would be lost.
+
+    What a function raises that Python calls at a garbage collection, as JAX has one called, is printed and forgotten.
+    The signal comes again when that function is over.
+    """
+    if frame is not None and any(getattr(called, "__code__", None) is frame.f_code for called in gc.callbacks):
+        threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
+        return
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def ended_by_interrupt() -> Iterator[None]:
+    """While entered, SIGINT ends the process, for waits in which Python runs no handler."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 class StopRequest:

@@ -152,7 +152,7 @@ def checked_token(name: str, token: int, vocab_size: int) -> jax.Array:
       ValueError: not an integer, or outside the vocabulary.
     """
     if not is_integer(token) or not 0 <= token < vocab_size:
-        raise ValueError(f"{name} must be a token in [0, {vocab_size}), got {token!r}")
+        raise ValueError(f"{name} must be a token, a Python integer in [0, {vocab_size}), got {token!r}")
     return jnp.int32(token)
 
 
@@ -163,7 +163,7 @@ def checked_pad(pad_id: int) -> jax.Array:
       ValueError: not an integer, or too large for int32.
     """
     if not is_integer(pad_id) or not -(2**31) <= pad_id < 2**31:
-        raise ValueError(f"pad_id must be an integer of 32 bits, got {pad_id!r}")
+        raise ValueError(f"pad_id must be a Python integer of 32 bits, got {pad_id!r}")
     return jnp.int32(pad_id)
 
 
@@ -180,7 +180,7 @@ def checked_size(cache_size: int | None, *, width: int, max_new_tokens: int, gam
       ValueError: negative `max_new_tokens`, a cache too small, or more slots than an int32 counts.
     """
     if not is_integer(max_new_tokens) or max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be an integer >= 0, got {max_new_tokens!r}")
+        raise ValueError(f"max_new_tokens must be a Python integer >= 0, got {max_new_tokens!r}")
     # An int8 of NumPy would not hold the sum.
     gamma = int(gamma)
     if cache_size is None:

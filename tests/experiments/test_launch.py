@@ -78,6 +78,20 @@ def test_the_last_lines_of_many_are_shown():
     assert error.splitlines() == ["process 1 ended first, exit code 3:", *lines]
 
 
+@pytest.mark.parametrize(("code", "shown"), [(2, ""), (3, ""), (1, "process 1 ended first, exit code 1:\n  lost 0\n")])
+def test_what_process_0_has_said_is_not_hidden_by_those_that_lost_it(code, shown, tmp_path):
+    """Unless it was an error of another kind: one of those that end together has brought the others down."""
+    program = (
+        "gone = sys.argv[1] + '/gone'"
+        f"\nif index == 0: open(gone, 'w'); os._exit({code})"
+        "\nwhile not os.path.exists(gone): pass"
+        "\nprint('lost 0'); os._exit(1)"
+    )
+    process = launch(*python(program), str(tmp_path))
+    assert process.communicate(timeout=300) == ("", shown)
+    assert process.returncode == code
+
+
 def test_those_that_do_not_notice_are_not_waited_for(monkeypatch):
     """The first to fail is returned, though another runs on."""
     monkeypatch.setattr("experiments.launch.GRACE_SECONDS", 0.2)
@@ -125,7 +139,8 @@ def test_signals_reach_every_process_once(number, tmp_path):
     assert [(tmp_path / f"signal{index}").read_text() for index in range(2)] == ["x", "x"]
 
 
-def test_a_signal_reaches_processes_that_are_just_being_started(monkeypatch):
+def test_a_signal_reaches_processes_that_are_just_being_started(monkeypatch, capfd):
+    """What ended as it was told to is not shown as a failure."""
     start = launcher._start
 
     def interrupted(*arguments):
@@ -136,6 +151,7 @@ def test_a_signal_reaches_processes_that_are_just_being_started(monkeypatch):
 
     monkeypatch.setattr(launcher, "_start", interrupted)
     assert launcher.launch(LaunchConfig(processes=2), ["sleep", "5"]) == 128 + signal.SIGTERM
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(

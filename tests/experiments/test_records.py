@@ -4,6 +4,7 @@ import collections
 import contextlib
 import dataclasses
 import re
+import struct
 import sys
 import types
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from tensorboardX.proto import event_pb2
 
 from experiments import metrics, train_draft, training
 from experiments.data import load_text, validation_batches
@@ -98,12 +100,42 @@ def test_validation_is_the_mean_over_its_batches(tmp_path):
     assert record["validation/target_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
 
 
-def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path):
-    (tmp_path / metrics.FILE).write_text('{"step": 1}\n{"step": 2}\n{"st')
-    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
+@pytest.mark.parametrize("cut_off", ['{"st', "[1]", "{}"])
+def test_a_line_that_a_kill_cut_off_is_left_out(cut_off, tmp_path):
+    (tmp_path / metrics.FILE).write_text(f'{{"step": 1}}\n{{"step": 2}}\n{cut_off}')
+    assert read_metrics(tmp_path) == read_metrics(str(tmp_path)) == [{"step": 1}, {"step": 2}]
     with Metrics(tmp_path, first_step=1) as written:
         written.write(2, {"train/loss": 3.0})
     assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2, "train/loss": 3.0}]
+
+
+def test_a_kill_loses_no_record_from_before_a_checkpoint(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """Of TensorBoard's file: a resumed run does not write them again."""
+    config = tiny_config(tmp_path, steps=4, checkpoint_every=2)
+    save, found = training.Checkpoints.save, []
+
+    def spy(*arguments: Any) -> None:
+        (events,) = (config.output / metrics.TENSORBOARD).iterdir()
+        records = [(name, r["step"]) for r in read_metrics(config.output) for name in r if name != "step"]
+        found.append((scalars_in(events.read_bytes()), records))
+        save(*arguments)
+
+    monkeypatch.setattr(training.Checkpoints, "save", spy)
+    train(config)
+    assert [len(expected) for _, expected in found] == [4, 12]
+    for got, expected in found:
+        assert sorted(got) == sorted(expected)
+
+
+def scalars_in(events: bytes) -> list[tuple[str, int]]:
+    """Name and step of every one, from records that have 12 bytes before and 4 behind them."""
+    found, at = [], 0
+    while at < len(events):
+        (length,) = struct.unpack_from("<Q", events, at)
+        event = event_pb2.Event.FromString(events[at + 12 : at + 12 + length])
+        found += [(value.tag, event.step) for value in event.summary.value]
+        at += length + 16
+    return found
 
 
 def test_weights_and_biases_gets_every_record(tmp_path, monkeypatch: pytest.MonkeyPatch):

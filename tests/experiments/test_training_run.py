@@ -10,6 +10,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.core import Tracer
 from rich.console import Console
@@ -19,6 +20,7 @@ from experiments.checkpoints import open_run
 from experiments.data import batch_at, load_text
 from experiments.decoding_run import prompt
 from experiments.metrics import read_metrics
+from experiments.output import prepare_output
 from experiments.runtime import exit_with
 from experiments.session import finish
 from experiments.train_state import TrainState, shard_rows
@@ -213,15 +215,29 @@ def finished(tmp_path_factory):
     return folder
 
 
+def test_a_folder_is_refused_by_one_process_alone(finished, monkeypatch: pytest.MonkeyPatch):
+    """Checkpoints are opened by all or none: Orbax lets those that do wait for each other."""
+    monkeypatch.setattr(ocp, "CheckpointManager", None)
+    with pytest.raises(ValueError, match=r"output must be a folder without a run, got .*: add --resume to go on"):
+        prepare_output(finished / "run", resume=False, overwrite=False)
+
+
 def test_overwrite_replaces_a_run(tmp_path):
+    """What is behind a link to another disk goes, and the link stays."""
     config = tiny_config(tmp_path, steps=4, schedule="constant")
-    train(config)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    config.output.mkdir()
+    (config.output / "checkpoints").symlink_to(disk)
+    train(dataclasses.replace(config, overwrite=True))
+    assert (disk / "4").is_dir()
     for name in ("report.json", "loss.png", "acceptance.png", "speedup.png", "layer_skip.json"):
         (config.output / name).write_text("of the first run")
     (config.output / "notes.txt").write_text("mine")
     code, _ = train(dataclasses.replace(config, overwrite=True, steps=8))
     assert code == 0
     assert steps_kept(config) == [4, 8]
+    assert (config.output / "checkpoints").is_symlink()
     assert (config.output / "notes.txt").read_text() == "mine"
     left = {"notes.txt", "checkpoints", "configuration.json", "metrics.jsonl", "tensorboard"}
     assert {path.name for path in config.output.iterdir()} == left

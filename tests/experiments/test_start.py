@@ -1,4 +1,4 @@
-"""Scripts start with huge pages, where nobody has chosen otherwise."""
+"""Scripts start with huge pages, where nobody has chosen otherwise, and end quietly at Ctrl-C."""
 
 import os
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from experiments.huge_pages import VARIABLE
+from experiments.start import VARIABLE
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="of Linux only")
 
@@ -36,3 +36,29 @@ NO_SCRIPT = "-c", "import experiments, subprocess, sys; subprocess.run(sys.argv[
 )
 def test_huge_pages(arguments: tuple[str, ...], given: str | None, seen: str):
     assert seen_by_a_child(*arguments, given=given) == f"{seen} ['one argument', 'another']\n"
+
+
+def test_an_interrupt_is_neither_shown_nor_lost():
+    """While a script imports it ends the process; later it is raised, from where Python would drop it, too."""
+    program = (
+        "import gc, signal, sys, time\n"
+        "sys.argv[0] = '-m'\n"
+        "import experiments\n"
+        "assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL\n"
+        "from experiments.runtime import exit_with\n"
+        "def main():\n"
+        "    def collected(*_):\n"
+        "        if not came: came.append(signal.raise_signal(signal.SIGINT))\n"
+        "    came = []\n"
+        "    gc.callbacks.append(collected)\n"
+        "    gc.collect()\n"
+        "    print('went on')\n"
+        "    try: time.sleep(100)\n"
+        "    finally: print('left in order')\n"
+        "exit_with(main)\n"
+    )
+    environment = {**os.environ, VARIABLE: ""}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=90
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "went on\nleft in order\n", "")
