@@ -27,10 +27,13 @@ from rich.table import Table
 from experiments.checks import at_least
 from experiments.runtime import exit_with
 from moe_jax import MoE, MoEConfig, MoEOutput, TopN
+from moe_jax.checks import renamed
 from moe_jax.dispatch import Dispatch
 from moe_jax.routing import SlotOrder
 
 DIFFERENT = 1
+# What fields of the layer are called here.
+OUR_NAMES = {"n": "experts_per_token", "capacity_factor_train": "capacity_factor"}
 TOLERANCES = {"float32": 1e-5, "float64": 1e-12, "bfloat16": 2e-2}
 
 
@@ -75,7 +78,10 @@ class AssertConfig:
     def __post_init__(self) -> None:
         at_least(1, self, "devices", "data", "expert", "batch", "length")
         at_least(0, self, "tolerance")
-        self.layer()
+        try:
+            self.layer()
+        except ValueError as error:
+            raise renamed(error, OUR_NAMES) from error
 
     def layer(self) -> MoEConfig:
         """The layer's configuration, noise and random second choices included."""
@@ -182,6 +188,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         mesh = mesh_of(config)
         rows = compare(config, mesh)
     shape = " × ".join(f"{size} {name}" for name, size in mesh.shape.items())
+    if mesh.size < jax.device_count():
+        shape += f" ({mesh.size} of {jax.device_count()} devices)"
     kind = mesh.devices.flat[0].device_kind
     table = Table(title=f"{config.num_experts} experts on {kind}, {shape}, against one device, {config.dtype}")
     table.add_column("array")

@@ -13,7 +13,7 @@ import json
 import pathlib
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from experiments.checks import at_least
 from experiments.measure import alternate, leviathan_speedup, measure_costs
 from experiments.output import make_folder_of
 from experiments.report import machine
+from experiments.runtime import exit_with
 from spec_jax import checks, decoding, loop
 from spec_jax.drafters.plain import Plain
 
@@ -54,7 +55,7 @@ class Config:
     dim: int = 512
     depth: int = 10
     draft_depth: int = 2
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     prompt_length: int = 128
     max_new_tokens: int = 384
     batches: tuple[int, ...] = (1, 4)
@@ -82,7 +83,7 @@ def main(config: Config) -> dict[str, Any]:
         with_torch = importlib.util.find_spec("speculative_decoding") is not None and jax.default_backend() == "cpu"
     target, draft = (
         spec_jax.Decoder(
-            spec_jax.DecoderConfig(dim=config.dim, depth=depth, dtype=config.dtype),  # pyright: ignore[reportArgumentType]
+            spec_jax.DecoderConfig(dim=config.dim, depth=depth, dtype=config.dtype),
             rngs=nnx.Rngs(seed),
         )
         for seed, depth in enumerate((config.depth, config.draft_depth))
@@ -289,5 +290,11 @@ def _memory_line(memory: dict[str, float]) -> str:
     )
 
 
-if __name__ == "__main__":
+def run() -> int:
+    """Reads the command line and measures."""
     main(tyro.cli(Config, description=__doc__))
+    return 0
+
+
+if __name__ == "__main__":
+    exit_with(run)

@@ -33,6 +33,8 @@ class Checkpoints:
         self._sound: set[int] = set()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep,
+            # Of a reader too Orbax would say that it sets this to 0.
+            save_interval_steps=0 if read_only else 1,
             create=not read_only,
             read_only=read_only,
             cleanup_tmp_directories=not read_only,

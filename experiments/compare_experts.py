@@ -42,6 +42,7 @@ SPARSE = "sparse"
 MAIN = (SPARSE, "equal-flops", "equal-parameters")
 WIDER = "capacity-2"
 LABELS = {SPARSE: "sparse", "equal-flops": "dense, equal FLOPs", "equal-parameters": "dense, equal parameters"}
+RANKS = {"rank1": "1st", "rank2": "2nd"}
 Curve = list[tuple[float, float]]
 
 
@@ -189,7 +190,11 @@ def run_all(config: CompareConfig, console: Console) -> list[Result]:
     return results
 
 
-COLUMNS = ("variant", "bits/byte", "parameters", "MFLOP/byte", "dropped, 1st", "dropped, 2nd", "fullest expert")
+COLUMNS = ("variant", "bits per byte", "weights", "MFLOP per byte", "1st dropped", "2nd dropped", "fullest expert")
+CAPTION = (
+    "MFLOP: of a training step of the target, as XLA counts them. Dropped: of the first and second choices, mean over "
+    "layers. Fullest expert: its load over the mean load, in the worst layer. Both over the last quarter of the run."
+)
 
 
 def table_rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
@@ -201,7 +206,7 @@ def table_rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
         spread = f" ({min(bits):.3f} to {max(bits):.3f})" if len(bits) > 1 else ""
         dropped = [
             f"{np.mean([run.late(run.dropped[rank]) for run in runs]):.1%}" if rank in runs[0].dropped else ""
-            for rank in ("rank1", "rank2")
+            for rank in RANKS
         ]
         imbalance = [run.imbalance for run in runs if run.imbalance is not None]
         rows.append(
@@ -253,14 +258,15 @@ def panels(results: Sequence[Result]) -> list[list[Panel]]:
             ]
         )  # fmt: skip
         dropped = {
-            f"choice {rank.removeprefix('rank')}, {PRESETS[name][1].experts.capacity_factor:g}": curve
+            f"{ordinal} choice, {PRESETS[name][1].experts.capacity_factor:g}": result.dropped[rank]
             for name, result in (("cpu", sparse), (f"cpu-{WIDER}", by_name.get(WIDER)))
             if result is not None
-            for rank, curve in result.dropped.items()
+            for rank, ordinal in RANKS.items()
+            if rank in result.dropped
         }
         sheet[-1].append(
             Panel(
-                "Dropped, by capacity factor",
+                "Dropped, by choice and capacity factor",
                 "training step",
                 "share dropped",
                 dropped,
@@ -281,7 +287,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     make_folder(config.output)
     results = run_all(config, console)
     rows = table_rows(results)
-    table = Table(*COLUMNS, title="the same text and batches", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title="the same text and batches", caption=CAPTION, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in COLUMNS:
+        table.add_column(column, no_wrap=column == COLUMNS[0])
     for row in rows:
         table.add_row(*row)
     console.print(table)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -45,7 +46,7 @@ class RunConfig:
       clip_norm: largest global norm of a model's gradient.
       log_every: steps between records of the training loss, which is the mean over them.
       validate_every: steps between measurements on validation text; the last step is followed by one too.
-      validation_batches: batches of such a measurement.
+      validation_batches: batches of such a measurement, where the text has so many.
       sample_every: steps between samples; 0 for none.
       checkpoint_every: steps between checkpoints.
       keep_checkpoints: how many of the last ones stay.
@@ -108,6 +109,8 @@ class RunConfig:
         for name in ("coordinator", "processes", "process_index"):
             if not self.distributed and (value := getattr(self, name)) is not None:
                 raise ValueError(f"{name} must be given with distributed only, got {value!r} without it")
+        if self.coordinator is not None and not re.fullmatch(r".+:\d+", self.coordinator):
+            raise ValueError(f"coordinator must be host:port, got {self.coordinator!r}")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite must not both be given: one keeps the run, the other deletes it")
 

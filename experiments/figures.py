@@ -127,7 +127,7 @@ def save_panels(path: pathlib.Path, grid: Sequence[Sequence[Panel]]) -> None:
             if panel.own_legend:
                 # Room above the lines for rows of two names.
                 bottom, top = axes.get_ylim()
-                axes.set_ylim(bottom, top + 0.09 * math.ceil(len(handles) / 2) * (top - bottom))
+                axes.set_ylim(bottom, top + (0.06 + 0.1 * math.ceil(len(handles) / 2)) * (top - bottom))
                 axes.legend(handles.values(), handles.keys(), loc="upper center", fontsize=7, ncols=2, frameon=False)
     if shared_handles:
         figure.legend(

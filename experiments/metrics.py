@@ -70,7 +70,7 @@ class Metrics:
             self._wandb.log(dict(values), step=step)
 
     def flush(self) -> None:
-        """Returns when all records are in the files: a run goes on from a checkpoint, and writes none from before it."""
+        """Returns when all records are in the files: a run that goes on from a checkpoint writes no earlier ones."""
         self._tensorboard.flush()
 
 

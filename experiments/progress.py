@@ -19,12 +19,13 @@ FIELDS = " · ".join(
 class TrainingProgress:
     """Loss, bits per byte, tokens per second and time left.
 
-    The loss is the one that is descended, in nats; bits per byte are those of the main model. A log says of which text
-    they are; the bar, which has no room to, shows those of validation text as soon as there are any.
+    The loss is the one that is descended, in nats; bits per byte are those of the main model. A log says of which
+    model and text they are; the bar, which has no room to, shows those of validation text as soon as there are any.
     """
 
-    def __init__(self, console: Console, *, steps: int, done: int) -> None:
+    def __init__(self, console: Console, *, steps: int, done: int, model: str) -> None:
         self._console = console
+        self._model = model
         self._steps = steps
         self._bar = Progress(
             TextColumn("training"), BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn(FIELDS),
@@ -52,14 +53,14 @@ class TrainingProgress:
         """Bits per byte on validation text after `done` steps."""
         self._validated = True
         self._bar.update(self._task, bits=bits)
-        self._log(done, f"{bits:.3f} bits/byte (validation text)")
+        self._log(done, f"{self._model} {bits:.3f} bits/byte (validation text)")
 
     def record(self, done: int, *, loss: float, bits: float, speed: float | None) -> None:
         """New numbers, known after `done` steps. The bits per byte are of training text; None is a speed not known."""
         self._bar.update(self._task, loss=loss)
         if not self._validated:
             self._bar.update(self._task, bits=bits)
-        numbers = f"loss {loss:.3f} · {bits:.3f} bits/byte (training text)"
+        numbers = f"loss {loss:.3f} · {self._model} {bits:.3f} bits/byte (training text)"
         if speed is not None:
             self._bar.update(self._task, speed=speed)
             numbers += f" · {speed:,.0f} tokens/s"

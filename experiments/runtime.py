@@ -56,14 +56,21 @@ def start_processes(config: RunConfig) -> None:
     where = f" at {coordinator}" if coordinator else ""
     waiting = f"waiting for all processes to join{where}: {config.join_timeout} seconds at most (join_timeout)"
     print(waiting, file=sys.stderr, flush=True)
-    with ended_by_interrupt():
-        jax.distributed.initialize(
-            coordinator,
-            processes,
-            index,
-            initialization_timeout=config.join_timeout,
-            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_SECONDS,
-        )
+    try:
+        with ended_by_interrupt():
+            jax.distributed.initialize(
+                coordinator,
+                processes,
+                index,
+                initialization_timeout=config.join_timeout,
+                heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_SECONDS,
+            )
+    except ValueError as error:
+        # JAX has other names for them.
+        raise ValueError(
+            "coordinator, processes and process_index must be given, each process another index below their number, "
+            f"where no cluster says them, got {coordinator}, {processes} and {index}"
+        ) from error
 
 
 def _integer(variable: str) -> int | None:

@@ -254,12 +254,13 @@ def _train(job: Job, task: Task, template: TrainState, console: Console, stop: S
         done = int(state.step)
         sizes = ", ".join(f"{name} {num_parameters(model):,}" for name, model in state.models.items())
         console.print(f"parameters: {sizes}; {mesh.size} device(s); from step {done:,} to {config.steps:,}")
+        main_model = job.main_loss.removesuffix("_loss")
         if jax.process_index():
-            with TrainingProgress(console, steps=config.steps, done=done) as progress:
+            with TrainingProgress(console, steps=config.steps, done=done, model=main_model) as progress:
                 return train(job, state, Instruments(checkpoints, None, progress, stop))
         with (
             Metrics(config.output, first_step=done, wandb=config.wandb, config=job.configuration) as metrics,
-            TrainingProgress(console, steps=config.steps, done=done) as progress,
+            TrainingProgress(console, steps=config.steps, done=done, model=main_model) as progress,
         ):
             return train(job, state, Instruments(checkpoints, metrics, progress, stop))
 

@@ -3,7 +3,7 @@
     python -m experiments.train_draft cpu
     python -m experiments.train_draft enwik8 --output runs/enwik8
 
-Every field can be set: `--steps 100`, `--target.depth 4`; `--help` lists them all.
+Every field can be set: `--steps 100`, `--target.depth 4`; `cpu --help` lists them all.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import tyro
 from flax import nnx
 
 import spec_jax
+from experiments.command_line import chosen_config
 from experiments.decoding_run import DecodingRunConfig, Strategy, decoding_task
 from experiments.distillation import DistillationConfig, own_samples
 from experiments.runtime import exit_with
@@ -137,7 +137,7 @@ def task(config: TrainDraftConfig) -> Task:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Reads the command line and runs."""
-    config = tyro.extras.overridable_config_cli(PRESETS, args=arguments, description=__doc__)
+    config = chosen_config("train_draft", PRESETS, arguments, __doc__)
     return run(config, task(config))
 
 

@@ -3,7 +3,7 @@
     python -m experiments.train_early_exit cpu
     python -m experiments.train_early_exit enwik8 --output runs/early_exit
 
-Every field can be set: `--target.early-exit-layer 2`, `--early-exit-loss-weight 0.5`; `--help` lists them all.
+Every field can be set: `--target.early-exit-layer 2`, `--early-exit-loss-weight 0.5`; `cpu --help` lists them all.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import tyro
 from flax import nnx
 
 import spec_jax
 from experiments import train_draft
 from experiments.checks import at_least
+from experiments.command_line import chosen_config
 from experiments.decoding_run import DecodingRunConfig, Strategy, decoding_task, shared_fields
 from experiments.distillation import DistillationConfig, key_of, own_samples
 from experiments.runtime import exit_with
@@ -120,7 +120,7 @@ def task(config: TrainEarlyExitConfig) -> Task:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Reads the command line and runs."""
-    config = tyro.extras.overridable_config_cli(PRESETS, args=arguments, description=__doc__)
+    config = chosen_config("train_early_exit", PRESETS, arguments, __doc__)
     return run(config, task(config))
 
 

@@ -4,7 +4,8 @@
     python -m experiments.train_moe cpu          # one of them
     python -m experiments.train_moe cpu-equal-flops --output runs/dense
 
-Every field can be set: `--experts.num-experts 16`, `--experts.every 1`; `--help` lists them all.
+Every field can be set: `--experts.num-experts 16`, `--experts.every 1`; `cpu --help` lists them all.
+Those of the study are listed by `python -m experiments.compare_experts --help`.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import tyro
 from flax import nnx
 
 import spec_jax
 from experiments import train_draft
+from experiments.command_line import chosen_config
+from experiments.config import as_json, differences
 from experiments.decoding_run import DecodingRunConfig, decoding_task, shared_fields
 from experiments.distillation import key_of
 from experiments.expert_decoder import ExpertsConfig, forward, make_decoder, routing_reports, sum_of
@@ -153,8 +155,9 @@ def origin(config: TrainMoEConfig) -> Origin | None:
 
     def convert(dense: Models) -> Models:
         for name in ("target", "draft"):
-            if (expected := dense[name].config) != (got := getattr(config, name)):
-                raise ValueError(f"{name} must be that of {config.upcycle_from}, {expected}, got {got}")
+            if different := differences(as_json(dense[name].config), as_json(getattr(config, name))):
+                fields = "; ".join(f"{name}.{difference}" for difference in different)
+                raise ValueError(f"{name} must be that of {config.upcycle_from}, got other fields: {fields}")
         router_seed = jax.random.split(jax.random.key(config.seed))[0]
         return {**dense, "target": upcycled(dense["target"], config.experts, rngs=nnx.Rngs(router_seed))}
 
@@ -181,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from experiments import compare_experts  # It imports this module.
 
         return compare_experts.main([])
-    config = tyro.extras.overridable_config_cli(PRESETS, args=arguments, description=__doc__)
+    config = chosen_config("train_moe", PRESETS, arguments, __doc__)
     return run(config, task(config))
 
 

@@ -3,7 +3,7 @@
     python -m experiments.train_prophet cpu
     python -m experiments.train_prophet enwik8 --output runs/prophet
 
-Every field can be set: `--prophet.depth 2`, `--prophet-train-length 10`; `--help` lists them all.
+Every field can be set: `--prophet.depth 2`, `--prophet-train-length 10`; `cpu --help` lists them all.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import tyro
 from flax import nnx
 
 import spec_jax
 from experiments import train_draft
 from experiments.checks import at_least
+from experiments.command_line import chosen_config
 from experiments.decoding_run import DecodingRunConfig, Strategy, decoding_task, shared_fields
 from experiments.distillation import DistillationConfig, own_samples
 from experiments.runtime import exit_with
@@ -147,7 +147,7 @@ def task(config: TrainProphetConfig) -> Task:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Reads the command line and runs."""
-    config = tyro.extras.overridable_config_cli(PRESETS, args=arguments, description=__doc__)
+    config = chosen_config("train_prophet", PRESETS, arguments, __doc__)
     return run(config, task(config))
 
 

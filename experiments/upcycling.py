@@ -65,7 +65,7 @@ def _copy(sparse: SparseFeedForward, dense: Any, layer: int) -> None:
     if not isinstance(dense, DenseFeedForward):
         raise ValueError(
             f"layer {layer} of the dense run must have a feed-forward of experts.kind 'equal_flops' or "
-            f"'equal_parameters', got {type(dense).__name__}"
+            f"'equal_parameters', and experts.every be that run's, got {type(dense).__name__}"
         )
     config = sparse.block.moe.config
     if config.expert_hidden != (hidden := dense.feed_forward.w_out_fd.shape[0]):

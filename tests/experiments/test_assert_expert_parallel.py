@@ -10,7 +10,7 @@ TINY = ["--dim", "8", "--num-experts", "3", "--batch", "3", "--length", "5", "--
 def test_equal_within_the_tolerance_and_different_beyond_it(capsys: pytest.CaptureFixture[str]):
     assert assert_expert_parallel.main([*TINY, "--dtype", "float64"]) == 0
     shown = capsys.readouterr().out
-    assert "2 data × 2 expert" in shown
+    assert "2 data × 2 expert (4 of 8 devices)" in " ".join(shown.split())
     assert "gradient of parameters.experts.w_in_edf" in shown
     # No two orders of summing agree to the last bit everywhere.
     assert assert_expert_parallel.main([*TINY, "--dtype", "float64", "--tolerance", "0"]) == 1
@@ -37,6 +37,6 @@ def test_meshes():
     for tolerance in (-1.0, float("nan")):
         with pytest.raises(ValueError, match="tolerance must be at least 0, got"):
             AssertConfig(tolerance=tolerance)
-    with pytest.raises(ValueError, match=r"n must be at most num_experts \(4\), got 8"):
+    with pytest.raises(ValueError, match=r"^experts_per_token must be at most num_experts \(4\), got 8"):
         AssertConfig(num_experts=4, experts_per_token=8)
     assert AssertConfig(num_experts=1).layer().router == TopN(n=1)

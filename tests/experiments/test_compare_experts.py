@@ -61,8 +61,8 @@ def test_the_panels_by_hand():
     assert flops.lines == {"sparse": [(pytest.approx(4 * 400 * 2.5e6 / 1e12), 3), (pytest.approx(0.008), 2)]}
     assert load.title == "Load of each expert, layer 3"
     assert (load.lines, load.level) == ({f"0{e}": [(2, 0.5), (8, 0.5)] for e in range(2)}, 0.5)
-    assert list(dropped.lines) == ["choice 1, 1.25", "choice 2, 1.25", "choice 1, 2"]
-    assert dropped.lines["choice 1, 2"] == [(8, 0.05)]
+    assert list(dropped.lines) == ["1st choice, 1.25", "2nd choice, 1.25", "1st choice, 2"]
+    assert dropped.lines["1st choice, 2"] == [(8, 0.05)]
 
 
 def test_a_run_is_read_from_its_metrics(tmp_path: pathlib.Path):

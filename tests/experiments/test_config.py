@@ -1,12 +1,17 @@
 import dataclasses
 import itertools
+import os
 import pathlib
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from experiments import train_draft, train_early_exit, train_moe, train_prophet
+from experiments.command_line import chosen_config
 from experiments.config import RunConfig, as_json, differences
 from experiments.train_draft import PRESETS, TrainDraftConfig
 from spec_jax import DecoderConfig
@@ -17,6 +22,7 @@ from spec_jax import DecoderConfig
     [
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"processes": 2}, "processes must be given with distributed only, got 2 without it"),
+        ({"distributed": True, "coordinator": "localhost"}, "coordinator must be host:port, got 'localhost'"),
         ({"join_timeout": 0}, "join_timeout must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"accumulation": 0}, "accumulation must be at least 1"),
@@ -108,3 +114,45 @@ def test_adams_second_moment_decays_as_asked():
 def test_the_cosine_ends_at_a_tenth():
     cosine = rates(RunConfig(learning_rate=0.01, schedule="cosine", steps=10, warmup_steps=2), 15)
     np.testing.assert_allclose(cosine[12:], 0.001, rtol=1e-3)
+
+
+def test_processes_that_cannot_find_each_other():
+    """In a process that has not looked for devices yet, as JAX demands."""
+    program = (
+        "from experiments.config import RunConfig\nfrom experiments.runtime import start_processes\n"
+        "for fields in ({}, {'processes': 2}, {'processes': 2, 'process_index': 2}):\n"
+        "    where = {'coordinator': 'localhost:1'} if fields else {}\n"
+        "    try: start_processes(RunConfig(distributed=True, **where, **fields))\n"
+        "    except ValueError as error: print(error)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, check=True, capture_output=True, text=True)
+    expected = [
+        "coordinator, processes and process_index must be given, each process another index below their number, where "
+        f"no cluster says them, got {got}"
+        for got in ("None, None and None", "localhost:1, 2 and None", "localhost:1, 2 and 2")
+    ]
+    assert done.stdout.splitlines() == expected
+
+
+@pytest.mark.parametrize("script", [train_draft, train_early_exit, train_moe, train_prophet])
+def test_errors_of_a_command_line_name_the_field_and_where_to_look(script, capsys: pytest.CaptureFixture[str]):
+    name = script.__name__.removeprefix("experiments.")
+    for arguments, message in (
+        (["cpu", "--target.dim-head", "31"], "Error parsing target: dim_head must be even"),
+        (["cpu", "--no-such-field", "1"], "Unrecognized options: --no-such-field"),
+        (["no-such-preset"], "no-such-preset"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            script.main(arguments)
+        assert ended.value.code == 2
+        shown = " ".join(capsys.readouterr().err.replace("│", "").split())
+        assert message in shown
+        assert f"python -m experiments.{name} {'cpu ' * (len(arguments) > 1)}--help" in shown
+
+
+def test_a_preset_and_its_fields():
+    command_line = ["cpu", "--steps", "7", "--target.depth", "3"]
+    _, preset = PRESETS["cpu"]
+    expected = dataclasses.replace(preset, steps=7, target=dataclasses.replace(preset.target, depth=3))
+    assert chosen_config("train_draft", PRESETS, command_line, None) == expected

@@ -234,7 +234,10 @@ def test_upcycling_starts_where_the_dense_run_ended(tmp_path):
     shutil.copytree(dense.output, earlier)
     for changes, message in (
         ({"hidden": 24}, "experts.hidden must be the dense run's 23, got 24"),
-        ({"target": dataclasses.replace(SMALL, heads=1)}, "target must be that of .*dense"),
+        (
+            {"target": dataclasses.replace(SMALL, heads=1)},
+            "target must be that of .*dense, got other fields: target.heads: expected 2, got 1",
+        ),
         ({"upcycle_from": tmp_path / "nowhere"}, "upcycle_from must be the output folder of a training run .* got"),
         ({"upcycle_from": earlier}, "upcycle_from must be another folder than output, got"),
         ({"upcycle_from": earlier / "checkpoints"}, "upcycle_from must be another folder than output, got"),

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from tensorboardX.proto import event_pb2
+from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
 from experiments import metrics, train_draft, training
 from experiments.data import load_text, validation_batches
@@ -132,7 +132,7 @@ def scalars_in(events: bytes) -> list[tuple[str, int]]:
     found, at = [], 0
     while at < len(events):
         (length,) = struct.unpack_from("<Q", events, at)
-        event = event_pb2.Event.FromString(events[at + 12 : at + 12 + length])
+        event = Event.FromString(events[at + 12 : at + 12 + length])
         found += [(value.tag, event.step) for value in event.summary.value]
         at += length + 16
     return found

@@ -58,7 +58,5 @@ def test_an_interrupt_is_neither_shown_nor_lost():
         "exit_with(main)\n"
     )
     environment = {**os.environ, VARIABLE: ""}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=90
-    )
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=90)
     assert (done.returncode, done.stdout, done.stderr) == (130, "went on\nleft in order\n", "")
