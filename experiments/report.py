@@ -56,8 +56,8 @@ def print_table(console: Console, measurements: Sequence[Measurement], *, title:
         title=title,
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
-        caption="accepted: of the tokens before which all drafted ones were; c, s: time to draft one token and to score a "
-        "draft, in plain steps",
+        caption="accepted: of the tokens before which all drafted ones were; "
+        "c, s: time to draft one token and to score a draft, in plain steps",
     )
     table.add_column("decoding", no_wrap=True)
     for column in ("ms/token\nmedian", "ms/token\nmin", "accepted", "tokens\n/round", "c", "s", "speed-up", "formula"):
