@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 import tyro
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -189,7 +190,8 @@ def measure_cell(
             fastest = max((row.measurement for row in rows[-len(drafters) :]), key=lambda m: m.speedup)
             console.print(
                 f"{name}, batch {fastest.batch}, {kind}, temperature {temperature:g}: "
-                f"{fastest.speedup:.2f} × at {fastest.name}, the formula says {fastest.predicted_speedup:.2f} ×"
+                f"{fastest.speedup:.2f} × at {fastest.name}, the formula says {fastest.predicted_speedup:.2f} ×",
+                soft_wrap=True,
             )
     # A process may map only so much memory, and each compiled program maps some.
     jax.clear_caches()
@@ -231,7 +233,8 @@ def ngram_extremes(config: CompareConfig, shared: DecodingRunConfig, console: Co
                 rows.append(Row(NGRAM, kind, temperature, m))
                 console.print(
                     f"n-gram on {kind} text, {m.name}: {m.speedup:.2f} × (of the fastest repeats "
-                    f"{m.speedup_of_minima:.2f} ×), drafting in {m.drafting_rate:.0%} of the rounds"
+                    f"{m.speedup_of_minima:.2f} ×), drafting in {m.drafting_rate:.0%} of the rounds",
+                    soft_wrap=True,
                 )
     return rows
 
@@ -247,7 +250,13 @@ def print_rows(console: Console, rows: Sequence[Row]) -> None:
     """The best gamma of each strategy in each place: measured, formula, acceptance."""
     places = sorted({(row.measurement.batch, row.temperature, row.text) for row in rows})
     strategies = list(dict.fromkeys(row.strategy for row in rows))
-    table = Table(title="speed-up over plain decoding, at the best γ; below it the formula's, and what was accepted")
+    # Narrow enough for 80 columns.
+    table = Table(
+        title="speed-up over plain decoding, at the best γ; below it the formula's, and what was accepted",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+    )
     for column in ("batch", "temp.", "text", *strategies):
         table.add_column(column, no_wrap=True)
     for batch, temperature, text in places:

@@ -68,4 +68,4 @@ class TrainingProgress:
 
     def _log(self, done: int, numbers: str) -> None:
         if not self._console.is_terminal:
-            self._console.print(f"step {done:,} of {self._steps:,} · {numbers}", highlight=False)
+            self._console.print(f"step {done:,} of {self._steps:,} · {numbers}", highlight=False, soft_wrap=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import pathlib
+import re
 from typing import Any
 
 import numpy as np
@@ -48,20 +49,32 @@ def test_a_cell_is_measured_again_only_where_another_would_be(tmp_path: pathlib.
         assert measured[-1] == other
 
 
-def test_the_table_shows_the_best_gamma_of_each_place():
-    console = Console(file=io.StringIO(), width=100)
-    print_rows(console, [*ROWS, row("n-gram", 5, 0.25, temperature=0.0, acceptance_rate=None)])
+def table(rows: list[Row]) -> str:
+    console = Console(file=io.StringIO(), width=80)
+    print_rows(console, rows)
     assert isinstance(console.file, io.StringIO)
-    lines = [line.split("│") for line in console.file.getvalue().splitlines() if "│" in line]
-    cells = [[cell.strip() for cell in line[1:-1]] for line in lines]
-    assert cells == [
+    return console.file.getvalue()
+
+
+def test_the_table_shows_the_best_gamma_of_each_place():
+    shown = table([*ROWS, row("n-gram", 5, 0.25, temperature=0.0, acceptance_rate=None)])
+    _, _, cells = shown.partition("─\n")
+    assert [re.split(r"\s{2,}", line.strip()) for line in cells.splitlines()] == [
         ["1", "0", "code", "0.25, γ 5"],
-        ["", "", "", "0.38,"],
+        ["0.38,"],
         ["1", "1", "code", "2.50, γ 2"],
-        ["", "", "", "2.62, 62%"],
+        ["2.62, 62%"],
         ["4", "1", "code", "3.50, γ 1"],
-        ["", "", "", "3.62, 62%"],
+        ["3.62, 62%"],
     ]
+
+
+def test_the_table_of_all_strategies_fits_80_columns():
+    names = "small draft", "early exit", "prophet", "n-gram", "layer skip"
+    rows = [row(name, 8, 2.0, acceptance_rate=1.0) for name in names]
+    shown = table([dataclasses.replace(one, text="prose") for one in rows])
+    assert all(name in shown for name in names)
+    assert shown.count("2.00, γ 8") == shown.count(", 100%") == 5
 
 
 def test_the_panels_by_hand():

@@ -1,15 +1,18 @@
 """What a person sees while a run goes on: tokens per second of training alone, and bits per byte of the main model."""
 
 import dataclasses
+import io
 import re
 import time
 import types
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from experiments import train_draft, training
 from experiments.metrics import read_metrics
+from experiments.progress import TrainingProgress
 from tests.experiments.runs import tiny_config, train
 
 PAUSE_SECONDS = 1000
@@ -47,3 +50,15 @@ def test_bits_are_of_the_main_model_on_the_last_validation_text(tmp_path):
     assert re.findall(r"step (\d) of 4 .*\((\w+) text\)", printed) == [
         ("2", "training"), ("2", "validation"), ("4", "training"), ("4", "validation"),
     ]  # fmt: skip
+
+
+def test_a_line_of_a_log_stays_one_and_says_whose_bits_they_are():
+    console = Console(file=io.StringIO(), width=40)
+    with TrainingProgress(console, steps=2000, done=0, model="target") as progress:
+        progress.record(1000, loss=2.5, bits=1.25, speed=12345.6)
+        progress.validated(1000, 1.5)
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue().splitlines() == [
+        "step 1,000 of 2,000 · loss 2.500 · target 1.250 bits/byte (training text) · 12,346 tokens/s",
+        "step 1,000 of 2,000 · target 1.500 bits/byte (validation text)",
+    ]
