@@ -252,12 +252,12 @@ def print_rows(console: Console, rows: Sequence[Row]) -> None:
     strategies = list(dict.fromkeys(row.strategy for row in rows))
     # Narrow enough for 80 columns.
     table = Table(
-        title="speed-up over plain decoding, at the best γ; below it the formula's, and what was accepted",
+        title="speed-up over plain decoding at temperature T, at the best γ; below: the formula's, what was accepted",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         show_edge=False,
     )
-    for column in ("batch", "temp.", "text", *strategies):
+    for column in ("batch", "T", "text", *strategies):
         table.add_column(column, no_wrap=True)
     for batch, temperature, text in places:
         cells = []
