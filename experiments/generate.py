@@ -181,7 +181,7 @@ def generate(config: GenerateConfig, console: Console) -> int:
     )
     seconds = time.perf_counter() - start
     rate = f"{tokens} bytes in {rounds} rounds, {seconds:.1f} s with compilation"
-    console.print(*(() if drafter is None else (LEGEND, "·")), rate, highlight=False)
+    console.print(*(() if drafter is None else (LEGEND, "·")), rate, highlight=False, soft_wrap=True)
     return 0
 
 

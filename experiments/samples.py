@@ -137,5 +137,5 @@ def print_samples(
     tokens, rounds = print_stream(
         console, target, drafter, prompt, key=speculative_key, verification=verification, **options
     )
-    console.print(LEGEND, f"· {tokens / rounds:.2f} tokens a round")
+    console.print(LEGEND, f"· {tokens / rounds:.2f} tokens a round", soft_wrap=True)
     console.rule()
