@@ -56,7 +56,7 @@ def print_table(console: Console, measurements: Sequence[Measurement], *, title:
         title=title,
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
-        caption="accepted: of the tokens before which all drafted ones were; "
+        caption="accepted: how often a token is kept when all drafted before it were; "
         "c, s: time to draft one token and to score a draft, in plain steps",
     )
     table.add_column("decoding", no_wrap=True)

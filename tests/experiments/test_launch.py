@@ -79,17 +79,12 @@ def test_the_last_lines_of_many_are_shown():
 
 
 @pytest.mark.parametrize(("code", "shown"), [(2, ""), (3, ""), (1, "process 1 ended first, exit code 1:\n  lost 0\n")])
-def test_what_process_0_has_said_is_not_hidden_by_those_that_lost_it(code, shown, tmp_path):
+def test_what_process_0_has_said_is_not_hidden_by_those_that_lost_it(code, shown, monkeypatch, capfd):
     """Unless it was an error of another kind: one of those that end together has brought the others down."""
-    program = (
-        "gone = sys.argv[1] + '/gone'"
-        f"\nif index == 0: open(gone, 'w'); os._exit({code})"
-        "\nwhile not os.path.exists(gone): pass"
-        "\nprint('lost 0'); os._exit(1)"
-    )
-    process = launch(*python(program), str(tmp_path))
-    assert process.communicate(timeout=300) == ("", shown)
-    assert process.returncode == code
+    monkeypatch.setattr(launcher, "_wait", lambda processes: [process for process in processes if process.wait()])
+    program = f"if index: print('lost 0')\nsys.exit(1 if index else {code})"
+    assert launcher.launch(LaunchConfig(processes=2), python(program)) == code
+    assert capfd.readouterr() == ("", shown)
 
 
 def test_those_that_do_not_notice_are_not_waited_for(monkeypatch):

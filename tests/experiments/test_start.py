@@ -38,13 +38,24 @@ def test_huge_pages(arguments: tuple[str, ...], given: str | None, seen: str):
     assert seen_by_a_child(*arguments, given=given) == f"{seen} ['one argument', 'another']\n"
 
 
+# As at a terminal; what is started in the background may have SIGINT ignored, and so may these tests.
+IMPORTED_BY_A_SCRIPT = (
+    "import gc, signal, sys, time\n"
+    "signal.signal(signal.SIGINT, signal.{})\n"
+    "sys.argv[0] = '-m'\n"
+    "import experiments\n"
+    "assert signal.getsignal(signal.SIGINT) is signal.{}\n"
+)
+
+
+def run(program: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, VARIABLE: ""}
+    return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=90)
+
+
 def test_an_interrupt_is_neither_shown_nor_lost():
     """While a script imports it ends the process; later it is raised, from where Python would drop it, too."""
-    program = (
-        "import gc, signal, sys, time\n"
-        "sys.argv[0] = '-m'\n"
-        "import experiments\n"
-        "assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL\n"
+    program = IMPORTED_BY_A_SCRIPT.format("default_int_handler", "SIG_DFL") + (
         "from experiments.runtime import exit_with\n"
         "def main():\n"
         "    def collected(*_):\n"
@@ -57,6 +68,10 @@ def test_an_interrupt_is_neither_shown_nor_lost():
         "    finally: print('left in order')\n"
         "exit_with(main)\n"
     )
-    environment = {**os.environ, VARIABLE: ""}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=90)
+    done = run(program)
     assert (done.returncode, done.stdout, done.stderr) == (130, "went on\nleft in order\n", "")
+
+
+def test_an_interrupt_that_is_ignored_stays_ignored():
+    done = run(IMPORTED_BY_A_SCRIPT.format("SIG_IGN", "SIG_IGN") + "signal.raise_signal(signal.SIGINT)\nprint('on')\n")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "on\n", "")
