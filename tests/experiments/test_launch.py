@@ -82,7 +82,7 @@ def test_the_last_lines_of_many_are_shown():
 def test_what_process_0_has_said_is_not_hidden_by_those_that_lost_it(code, shown, monkeypatch, capfd):
     """Unless it was an error of another kind: one of those that end together has brought the others down."""
     monkeypatch.setattr(launcher, "_wait", lambda processes: [process for process in processes if process.wait()])
-    program = f"if index: print('lost 0')\nsys.exit(1 if index else {code})"
+    program = f"\nif index: print('lost 0')\nsys.exit(1 if index else {code})"
     assert launcher.launch(LaunchConfig(processes=2), python(program)) == code
     assert capfd.readouterr() == ("", shown)
 
