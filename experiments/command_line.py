@@ -28,12 +28,12 @@ def chosen_config(
         return tyro.extras.overridable_config_cli(presets, args=arguments, prog=command, description=description)
     # Not as the subcommand it is above: tyro's messages would name fields below a name of its own.
     name, *fields = arguments
-    description, preset = presets[name]
+    summary, preset = presets[name]
     return tyro.cli(
         type(preset),
         default=preset,
         args=fields,
         prog=f"{command} {name}",
-        description=description,
+        description=summary,
         config=(tyro.conf.AvoidSubcommands,),
     )

@@ -126,6 +126,16 @@ class SparseFeedForward(nnx.Module):
         return self.block(hidden_btd, train=False).outputs - hidden_btd
 
 
+def weights_read(sublayer: nnx.Module) -> int:
+    """How many weights a token meets: of a mixture's experts, as many as it asks for."""
+    if not isinstance(sublayer, SparseFeedForward):
+        return num_parameters(sublayer)
+    moe = sublayer.block.moe
+    assert isinstance(moe.config.router, TopN)
+    one_expert = num_parameters(moe.experts) // moe.config.num_experts
+    return num_parameters(sublayer) - one_expert * (moe.config.num_experts - moe.config.router.n)
+
+
 class DenseFeedForward(nnx.Module):
     """A normed GEGLU of any hidden width, like an expert, as the feed-forward of a decoder's block."""
 

@@ -27,11 +27,11 @@ import spec_jax
 from experiments.checkpoints import run_folder
 from experiments.checks import at_least
 from experiments.data import load_text, validation_batches
+from experiments.expert_decoder import weights_read
 from experiments.generate import load_run
 from experiments.measure import leviathan_speedup
 from experiments.output import LAYER_SKIP_FILE
 from experiments.runtime import exit_with, use_compilation_cache
-from experiments.train_state import num_parameters
 from spec_jax.layers import rotary_angles
 
 
@@ -118,10 +118,8 @@ def search(
       scoring_cost: what scoring a draft costs in plain steps.
     """
     depth = target.config.depth
-    sizes_l2 = np.array(
-        [[num_parameters(block.attention), num_parameters(block.feed_forward)] for block in target.blocks]
-    )
-    total = sizes_l2.sum() + num_parameters(target.head)
+    sizes_l2 = np.array([[weights_read(block.attention), weights_read(block.feed_forward)] for block in target.blocks])
+    head = weights_read(target.head)
 
     def rate(keep_l2: np.ndarray) -> float:
         return float(np.mean([acceptance(target, tokens_bt, keep_l2) for tokens_bt in batches]))
@@ -135,7 +133,7 @@ def search(
             candidates.append((rate(without_l2), layer, kind))
         best, layer, kind = max(candidates)
         keep_l2[layer, kind] = False
-        cost = float(((sizes_l2 * keep_l2).sum() + num_parameters(target.head)) / total)
+        cost = float(((sizes_l2 * keep_l2).sum() + head) / (sizes_l2.sum() + head))
         way.append(_found(keep_l2, best, cost, max_gamma, scoring_cost))
     return way
 
@@ -181,7 +179,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         json.dumps({"best": dataclasses.asdict(best), "way": [dataclasses.asdict(f) for f in way]}, indent=2)
     )
     console.print(
-        f"written to {path}; python -m experiments.generate --checkpoint {config.checkpoint} --drafter layer-skip"
+        f"written to {path}; python -m experiments.generate --checkpoint {config.checkpoint} --drafter layer-skip "
+        "--prompt TEXT",
+        soft_wrap=True,
     )
     return 0
 

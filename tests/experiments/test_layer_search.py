@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from experiments.expert_decoder import num_parameters
 from experiments.generate import GenerateConfig, generate, load_run
 from experiments.measure import leviathan_speedup
 from spec_jax import DecoderConfig
+from tests.experiments.experts import CONFIG, sparse_decoder
 from tests.experiments.runs import tiny_config, train
 
 
@@ -65,6 +67,23 @@ def test_every_step_of_the_search_by_hand():
         assert found.speedup == pytest.approx(max(speedups))
         assert found.gamma == 1 + int(np.argmax(speedups))
     assert way[-1].gamma == 2
+
+
+def test_a_token_reads_the_experts_it_asks_for():
+    """Two of four, in the second layer, and the router beside them."""
+    target = sparse_decoder()
+    tokens = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (2, 10)).astype(np.int32)
+    mixture: Any = target.blocks[1].feed_forward
+    expert = 3 * CONFIG.dim * 24 + 3 * 24 + CONFIG.dim
+    assert num_parameters(mixture.block.moe.experts) == 4 * expert
+    parts = [part for block in target.blocks for part in (block.attention, block.feed_forward)]
+    read = sum(map(num_parameters, (*parts, target.head))) - 2 * expert
+    alone = {(1, 0): num_parameters(target.blocks[1].attention), (1, 1): num_parameters(mixture) - 2 * expert}
+    for layer, kind in itertools.product((0, 2), (0, 1)):
+        alone[layer, kind] = num_parameters((target.blocks[layer].attention, target.blocks[layer].feed_forward)[kind])
+    for found in search_layer_skip.search(target, [tokens], max_gamma=2, scoring_cost=1.5):
+        skipped = [*((i, 0) for i in found.skip_attention), *((i, 1) for i in found.skip_feed_forward)]
+        assert found.draft_cost == pytest.approx(1 - sum(alone[one] for one in skipped) / read)
 
 
 def rate_of(target: spec_jax.Decoder, tokens: np.ndarray, kept: set[tuple[int, int]]) -> float:
