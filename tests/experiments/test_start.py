@@ -8,8 +8,6 @@ import pytest
 
 from experiments.start import VARIABLE
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="of Linux only")
-
 
 def seen_by_a_child(*arguments: str, given: str | None) -> str:
     """What the variable is in a process that one with these arguments starts."""
@@ -24,6 +22,7 @@ SCRIPT = "-m", "experiments.launch", "--processes", "1", "--"
 NO_SCRIPT = "-c", "import experiments, subprocess, sys; subprocess.run(sys.argv[1:], check=True)"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="of Linux only")
 @pytest.mark.parametrize(
     ("arguments", "given", "seen"),
     [
