@@ -18,13 +18,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from flax import nnx
 from jax.sharding import AxisType, Mesh
 from rich.console import Console
 from rich.table import Table
 
 from experiments.checks import at_least
+from experiments.command_line import given_config
 from experiments.runtime import exit_with
 from moe_jax import MoE, MoEConfig, MoEOutput, TopN
 from moe_jax.checks import renamed
@@ -178,7 +178,7 @@ def _rows(got: dict[str, Any], wanted: dict[str, Any]) -> list[Row]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Reads the command line, compares and prints; returns 1 when something differs."""
-    config = tyro.cli(AssertConfig, args=arguments, description=__doc__)
+    config = given_config("assert_expert_parallel", AssertConfig, arguments, __doc__)
     if config.devices is not None:
         # Must come before anything asks for a device.
         jax.config.update("jax_num_cpu_devices", config.devices)

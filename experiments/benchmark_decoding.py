@@ -18,7 +18,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
@@ -26,6 +25,7 @@ from rich.table import Table
 import spec_jax
 from experiments import torch_reference
 from experiments.checks import at_least
+from experiments.command_line import given_config
 from experiments.measure import alternate, leviathan_speedup, measure_costs
 from experiments.output import make_folder_of
 from experiments.report import machine
@@ -292,7 +292,7 @@ def _memory_line(memory: dict[str, float]) -> str:
 
 def run() -> int:
     """Reads the command line and measures."""
-    main(tyro.cli(Config, description=__doc__))
+    main(given_config("benchmark_decoding", Config, None, __doc__))
     return 0
 
 

@@ -20,12 +20,12 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-import tyro
 from flax import nnx
 
 import moe_jax
 from experiments import mesh_costs, moe_programs, moe_reference
 from experiments.checks import at_least
+from experiments.command_line import given_config
 from experiments.measure import alternate
 from experiments.moe_tables import print_meshes, print_section
 from experiments.output import make_folder_of
@@ -334,7 +334,7 @@ def _exponent(by_length: Mapping[str, float]) -> float:
 
 def run() -> int:
     """Reads the command line and measures."""
-    main(tyro.cli(Config, description=__doc__))
+    main(given_config("benchmark_moe", Config, None, __doc__))
     return 0
 
 

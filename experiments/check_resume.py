@@ -21,12 +21,12 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-import tyro
 from rich.console import Console
 
 from experiments import train_draft
 from experiments.checkpoints import open_run
 from experiments.checks import at_least
+from experiments.command_line import given_config
 from experiments.metrics import FILE as METRICS
 from experiments.metrics import read_metrics
 from experiments.runtime import exit_with
@@ -182,7 +182,7 @@ def check(config: CheckConfig, folder: pathlib.Path, console: Console) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Reads the command line and checks."""
-    config = tyro.cli(CheckConfig, args=arguments, description=__doc__)
+    config = given_config("check_resume", CheckConfig, arguments, __doc__)
     console = Console(highlight=False)
     if config.folder is not None:
         config.folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Command lines of the scripts that train: a preset, and the fields that differ from it."""
+"""Command lines of the scripts: fields, of those that train a preset and the fields that differ from it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from typing import TypeVar
 import tyro
 
 Config = TypeVar("Config")
+
+
+def given_config(script: str, kind: type[Config], arguments: Sequence[str] | None, description: str | None) -> Config:
+    """The configuration that a command line without presets gives, see `chosen_config`."""
+    return tyro.cli(kind, args=arguments, prog=_called(script), description=description)
 
 
 def chosen_config(
@@ -23,7 +28,7 @@ def chosen_config(
       description: of the script.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    command = f"python -m experiments.{script}"
+    command = _called(script)
     if not arguments or arguments[0] not in presets:
         return tyro.extras.overridable_config_cli(presets, args=arguments, prog=command, description=description)
     # Not as the subcommand it is above: tyro's messages would name fields below a name of its own.
@@ -37,3 +42,7 @@ def chosen_config(
         description=summary,
         config=(tyro.conf.AvoidSubcommands,),
     )
+
+
+def _called(script: str) -> str:
+    return f"python -m experiments.{script}"

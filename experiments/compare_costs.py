@@ -15,13 +15,13 @@ from typing import Any
 
 import jax
 import numpy as np
-import tyro
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
 import spec_jax
 from experiments.checks import at_least
+from experiments.command_line import given_config
 from experiments.measure import measure_costs
 from experiments.output import make_folder_of
 from experiments.report import machine
@@ -90,7 +90,7 @@ def round_costs(config: CostConfig) -> list[dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Reads the command line, measures, prints and writes."""
-    config = tyro.cli(CostConfig, args=arguments, description=__doc__)
+    config = given_config("compare_costs", CostConfig, arguments, __doc__)
     console = Console()
     make_folder_of(config.output)
     with console.status(f"timing on {jax.devices()[0].device_kind}"):

@@ -19,13 +19,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from experiments import train_moe
 from experiments.checks import at_least
+from experiments.command_line import given_config
 from experiments.expert_decoder import forward, sum_of
 from experiments.figures import Panel, save_panels
 from experiments.flops import counted_flops
@@ -280,7 +280,7 @@ def panels(results: Sequence[Result]) -> list[list[Panel]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Reads the command line, trains and writes."""
-    config = tyro.cli(CompareConfig, args=arguments, description=__doc__)
+    config = given_config("compare_experts", CompareConfig, arguments, __doc__)
     require_one_process()
     console = Console()
     use_compilation_cache()

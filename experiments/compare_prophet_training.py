@@ -15,11 +15,11 @@ import pathlib
 from collections.abc import Sequence
 
 import numpy as np
-import tyro
 from rich.console import Console
 from rich.table import Table
 
 from experiments import train_prophet
+from experiments.command_line import given_config
 from experiments.figures import Panel, save_panels
 from experiments.metrics import read_metrics
 from experiments.report import machine
@@ -92,7 +92,7 @@ def curve(config: CompareConfig, way: str, seed: int, console: Console) -> list[
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Reads the command line, trains, compares."""
-    config = tyro.cli(CompareConfig, args=arguments, description=__doc__)
+    config = given_config("compare_prophet_training", CompareConfig, arguments, __doc__)
     require_one_process()
     console = Console()
     curves = {way: [curve(config, way, seed, console) for seed in range(config.seeds)] for way in WAYS}

@@ -19,7 +19,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import tyro
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -27,6 +26,7 @@ from rich.table import Table
 import spec_jax
 from experiments import search_layer_skip, train_draft, train_early_exit, train_prophet
 from experiments.checks import at_least
+from experiments.command_line import given_config
 from experiments.data import load_text, validation_batches
 from experiments.decoding_run import DecodingRunConfig
 from experiments.figures import Panel, save_panels
@@ -299,7 +299,7 @@ def panels(rows: Sequence[Row]) -> list[list[Panel]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Reads the command line, trains, measures and writes."""
-    config = tyro.cli(CompareConfig, args=arguments, description=__doc__)
+    config = given_config("compare_strategies", CompareConfig, arguments, __doc__)
     require_one_process()
     console = Console()
     use_compilation_cache()

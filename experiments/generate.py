@@ -14,13 +14,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import jax
-import tyro
 from rich.console import Console
 
 import spec_jax
 from experiments import train_draft, train_early_exit, train_moe, train_prophet
 from experiments.checkpoints import open_run, run_folder
 from experiments.checks import at_least, check_seed
+from experiments.command_line import given_config
 from experiments.decoding_run import Strategy
 from experiments.output import LAYER_SKIP_FILE
 from experiments.runtime import exit_with, use_compilation_cache
@@ -187,7 +187,7 @@ def generate(config: GenerateConfig, console: Console) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Reads the command line and generates."""
-    return generate(tyro.cli(GenerateConfig, args=arguments, description=__doc__), Console())
+    return generate(given_config("generate", GenerateConfig, arguments, __doc__), Console())
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python -m experiments.launch --processes 2 --devices-per-process 4 -- python -m experiments.train_draft cpu
 
 Every script that trains a model works under it without further flags. Process 0 writes to this terminal; of the others
-the last lines are shown if they fail. Signals reach all of them. Accelerators of one machine need no launcher: one
-process drives them all.
+the last lines are shown if they fail. Signals reach all of them, but one that is ignored, as `nohup` has it, none.
+Accelerators of one machine need no launcher: one process drives them all.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
-import tyro
-
 from experiments.checks import at_least
+from experiments.command_line import given_config
+from experiments.start import not_ignored
 
 # Where `runtime.start_processes` finds the other processes. JAX reads the first of these itself.
 COORDINATOR = "JAX_COORDINATOR_ADDRESS"
@@ -91,7 +91,7 @@ def launch(config: LaunchConfig, command: Sequence[str]) -> int:
         for process in processes:
             _signal(process, number)
 
-    forwarded = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    forwarded = not_ignored(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     previous = {number: signal.signal(number, forward) for number in forwarded}
     with tempfile.TemporaryDirectory() as folder:
         logs = [pathlib.Path(folder, str(index)) for index in range(config.processes)]
@@ -172,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Reads the command line, starts the processes and waits for them."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     split = arguments.index("--") if "--" in arguments else len(arguments)
-    config = tyro.cli(LaunchConfig, args=arguments[:split], description=__doc__)
+    config = given_config("launch", LaunchConfig, arguments[:split], __doc__)
     command = arguments[split + 1 :]
     if not command:
         raise ValueError("command must follow behind --, got none")

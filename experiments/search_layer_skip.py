@@ -18,7 +18,6 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -26,6 +25,7 @@ from rich.table import Table
 import spec_jax
 from experiments.checkpoints import run_folder
 from experiments.checks import at_least
+from experiments.command_line import given_config
 from experiments.data import load_text, validation_batches
 from experiments.expert_decoder import weights_read
 from experiments.generate import load_run
@@ -150,7 +150,7 @@ def _found(keep_l2: np.ndarray, rate: float, cost: float, max_gamma: int, scorin
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Reads the command line and searches."""
-    config = tyro.cli(SearchConfig, args=arguments, description=__doc__)
+    config = given_config("search_layer_skip", SearchConfig, arguments, __doc__)
     console = Console()
     use_compilation_cache()
     run = load_run(config.checkpoint)

@@ -16,6 +16,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from rich.console import Console
 
+from experiments.start import not_ignored
+
 
 def interrupt(number: int, frame: FrameType | None) -> None:
     """Raises KeyboardInterrupt, as Python's own handler of SIGINT does, but not where it would be lost.
@@ -31,8 +33,8 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def ended_by_interrupt() -> Iterator[None]:
-    """While entered, SIGINT ends the process, for waits in which Python runs no handler."""
-    if threading.current_thread() is not threading.main_thread():
+    """While entered, SIGINT ends the process unless ignored, for waits in which Python runs no handler."""
+    if threading.current_thread() is not threading.main_thread() or not not_ignored(signal.SIGINT):
         yield
         return
     previous = signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -43,7 +45,7 @@ def ended_by_interrupt() -> Iterator[None]:
 
 
 class StopRequest:
-    """While entered, SIGINT and SIGTERM set `signal` in place of their usual effect.
+    """While entered, SIGINT and SIGTERM set `signal` in place of their usual effect, but where they are ignored.
 
     A thread reads the signals through `signal.set_wakeup_fd`, because Python runs handlers only between bytecodes of
     the main thread, and a compilation or a wait for the device keeps that busy for many seconds. So the answer is
@@ -57,23 +59,24 @@ class StopRequest:
         self.signal: int | None = None
         self._console = console
         self._previous: dict[int, signal._HANDLER] = {}
+        self._writer: socket.socket | None = None
 
     def __enter__(self) -> StopRequest:
         # Signals can be set up from the main thread only; a run started from another one goes without.
         if threading.current_thread() is not threading.main_thread():
             return self
-        self._reader, self._writer = socket.socketpair()
+        reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in not_ignored(signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, lambda *_: None)
-        threading.Thread(target=self._listen, args=(self._reader,), daemon=True).start()
+        threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._previous:
+        if self._writer is None:
             return
         for number, handler in self._previous.items():
             signal.signal(number, handler)

@@ -3,6 +3,7 @@
 import gc
 import os
 import pathlib
+import signal
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("SPEC_JAX_TEST_PLATFORM", "cpu")
 # Most programs of tests run once, and what optimises them would take longer than it saves, here and in the processes
@@ -26,6 +27,10 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import jax
 import pytest
+
+# As at a terminal, here and in the processes that tests start: what runs in the background may have them ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Tracing makes many objects and few cycles: looking for those as often as Python does takes a fourteenth of the time.
 # They are looked for when programs are to go, among what was made since here.

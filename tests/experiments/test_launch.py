@@ -134,6 +134,19 @@ def test_signals_reach_every_process_once(number, tmp_path):
     assert [(tmp_path / f"signal{index}").read_text() for index in range(2)] == ["x", "x"]
 
 
+def test_a_signal_that_is_ignored_reaches_no_process():
+    """As `nohup` has it for the end of a terminal."""
+    program = (
+        "signal.signal(signal.SIGHUP, lambda *_: sys.exit(4)); os.kill(os.getppid(), signal.SIGHUP); time.sleep(0.5)"
+    )
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = launch(*python(program), processes=1)
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+    assert (process.communicate(timeout=50), process.returncode) == (("", ""), 0)
+
+
 def test_a_signal_reaches_processes_that_are_just_being_started(monkeypatch, capfd):
     """What ended as it was told to is not shown as a failure."""
     start = launcher._start

@@ -128,6 +128,21 @@ def test_signals_have_their_usual_effect_afterwards():
     assert signal.set_wakeup_fd(-1) == -1
 
 
+@pytest.mark.parametrize("ignored", [(signal.SIGINT,), (signal.SIGINT, signal.SIGTERM)])
+def test_a_signal_that_is_ignored_stays_ignored(ignored: tuple[signal.Signals, ...]):
+    previous = {number: signal.signal(number, signal.SIG_IGN) for number in ignored}
+    try:
+        with StopRequest(Console(quiet=True)) as stop, signals.ended_by_interrupt():
+            signal.raise_signal(signal.SIGINT)
+            for number in ignored:
+                assert signal.getsignal(number) is signal.SIG_IGN
+            assert stop.signal is None
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    assert signal.set_wakeup_fd(-1) == -1
+
+
 def test_a_run_in_a_thread_goes_without_signals():
     entered = []
 

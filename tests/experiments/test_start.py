@@ -37,7 +37,6 @@ def test_huge_pages(arguments: tuple[str, ...], given: str | None, seen: str):
     assert seen_by_a_child(*arguments, given=given) == f"{seen} ['one argument', 'another']\n"
 
 
-# As at a terminal; what is started in the background may have SIGINT ignored, and so may these tests.
 IMPORTED_BY_A_SCRIPT = (
     "import gc, signal, sys, time\n"
     "signal.signal(signal.SIGINT, signal.{})\n"
