@@ -242,8 +242,8 @@ def panels(results: Sequence[Result]) -> list[list[Panel]]:
     }
     loss = "validation bits per byte"
     line = [
-        Panel("Loss against steps", "training step", loss, steps, {}),
-        Panel("Loss against computation", "training TFLOP", loss, flops, {}),
+        Panel("Loss against steps", "training step", loss, steps),
+        Panel("Loss against computation", "training TFLOP", loss, flops),
     ]
     sheet = [line]
     if (sparse := by_name.get(SPARSE)) is not None:
@@ -252,7 +252,7 @@ def panels(results: Sequence[Result]) -> list[list[Panel]]:
                 Panel(
                     f"Load of each expert, {layer.replace('layer', 'layer ')}", "training step", "share of assignments",
                     {name.removeprefix("expert"): curve for name, curve in experts.items()},
-                    {}, level=1 / len(experts), bottom=0.0, own_legend=True,
+                    level=1 / len(experts), bottom=0.0, own_legend=True,
                 )
                 for layer, experts in list(sparse.load.items())[-1:]
             ]
@@ -270,7 +270,6 @@ def panels(results: Sequence[Result]) -> list[list[Panel]]:
                 "training step",
                 "share dropped",
                 dropped,
-                {},
                 bottom=0.0,
                 own_legend=True,
             )

@@ -100,7 +100,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shared = set.intersection(*({step for step, _ in run} for runs in curves.values() for run in runs))
     curves = {way: [[point for point in run if point[0] in shared] for run in runs] for way, runs in curves.items()}
     last = {way: np.array([points[-1][1] for points in runs]) for way, runs in curves.items()}
-    table = Table(title=f"target's validation loss after {config.steps} steps, {config.seeds} seeds")
+    table = Table(
+        title=f"target's validation loss after {config.steps} steps, {config.seeds} seeds",
+        caption="±: standard error of the mean. A detached prophet leaves the target as it is: their curves coincide.",
+    )
     for column in ("", "bits per byte", "difference from alone, same seed", "of which seeds better"):
         table.add_column(column)
     for way, bits in last.items():
@@ -118,8 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config.output / "prophet_effect.png",
         [
             [
-                Panel("validation loss, mean of seeds", "training step", "bits per byte", mean, {}),
-                Panel("difference from the target alone", "training step", "bits per byte", single, {}, level=0.0),
+                Panel("validation loss, mean of seeds", "training step", "bits per byte", mean),
+                Panel("difference from the target alone", "training step", "bits per byte", single, level=0.0),
             ]
         ],
     )

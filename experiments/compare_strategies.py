@@ -284,7 +284,7 @@ def panels(rows: Sequence[Row]) -> list[list[Panel]]:
             for row in here
             if row.measurement.gamma == longest and row.measurement.batch == batches[0]
         }
-        line = [Panel(title, "position in the draft", "fraction kept", acceptance, {}, bottom=0.0)]
+        line = [Panel(title, "position in the draft", "fraction kept", acceptance, bottom=0.0)]
         for batch in batches:
             measured: dict[str, list[tuple[float, float]]] = {name: [] for name in strategies}
             predicted: dict[str, list[tuple[float, float]]] = {name: [] for name in strategies}

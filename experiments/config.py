@@ -44,7 +44,7 @@ class RunConfig:
         after the warm-up.
       adam_b2: decay of Adam's second moment.
       clip_norm: largest global norm of a model's gradient.
-      log_every: steps between records of the training loss, which is the mean over them.
+      log_every: steps between records of the training loss, which is the mean over them. The last step has one, too.
       validate_every: steps between measurements on validation text; the last step is followed by one too.
       validation_batches: batches of such a measurement, where the text has so many.
       sample_every: steps between samples; 0 for none.

@@ -11,6 +11,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 Points = Sequence[tuple[float, float]]
@@ -81,7 +82,7 @@ class Panel:
       x: what the horizontal axis shows.
       y: what the vertical axis shows.
       lines: points by name, drawn whole.
-      dashed: points of the same names, drawn dashed.
+      formula: what a formula gives for the same names, drawn dashed.
       level: a horizontal line to compare with, or None.
       bottom: where the vertical axis starts, or None.
       own_legend: whether its names are its own: colours from the first on, and a legend inside.
@@ -91,7 +92,7 @@ class Panel:
     x: str
     y: str
     lines: Mapping[str, Points]
-    dashed: Mapping[str, Points]
+    formula: Mapping[str, Points] = dataclasses.field(default_factory=dict)
     level: float | None = None
     bottom: float | None = None
     own_legend: bool = False
@@ -120,8 +121,8 @@ def save_panels(path: pathlib.Path, grid: Sequence[Sequence[Panel]]) -> None:
                 (handles[name],) = axes.plot(
                     *_columns(points), color=colour, marker=marker, markersize=3, linewidth=1.5
                 )
-            for name, points in panel.dashed.items():
-                axes.plot(*_columns(points), color=colours.get(name, "0.5"), linestyle="--", linewidth=1)
+            for name, points in panel.formula.items():
+                axes.plot(*_columns(points), color=colours[name], linestyle="--", linewidth=1)
             axes.set_ylim(bottom=panel.bottom)
             axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
             if panel.own_legend:
@@ -129,6 +130,8 @@ def save_panels(path: pathlib.Path, grid: Sequence[Sequence[Panel]]) -> None:
                 bottom, top = axes.get_ylim()
                 axes.set_ylim(bottom, top + (0.06 + 0.1 * math.ceil(len(handles) / 2)) * (top - bottom))
                 axes.legend(handles.values(), handles.keys(), loc="upper center", fontsize=7, ncols=2, frameon=False)
+    if any(panel.formula for line in grid for panel in line):
+        shared_handles["formula"] = Line2D([], [], color="0.3", linestyle="--", linewidth=1)
     if shared_handles:
         figure.legend(
             shared_handles.values(), shared_handles.keys(),

@@ -166,14 +166,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     way = search(run.target, batches, max_gamma=config.max_gamma, scoring_cost=config.scoring_cost)
     best = max(way, key=lambda found: found.speedup)
-    table = Table("attention skipped", "feed-forward skipped", "accepted", "c", "γ", "predicted")
+    table = Table("attention skipped", "feed-forward skipped", "accepted", "c", "γ", "predicted", "")
     for found in way:
         table.add_row(
             *(" ".join(map(str, layers)) for layers in (found.skip_attention, found.skip_feed_forward)),
             f"{found.acceptance:.1%}", f"{found.draft_cost:.2f}", str(found.gamma), f"{found.speedup:.2f} ×",
-            style="bold" if found is best else "",
+            "← best" if found is best else "", style="bold" if found is best else "",
         )  # fmt: skip
     console.print(table)
+    if best.speedup < 1:
+        console.print("No set is predicted to be faster than plain decoding.")
     path = run_folder(config.checkpoint) / LAYER_SKIP_FILE
     path.write_text(
         json.dumps({"best": dataclasses.asdict(best), "way": [dataclasses.asdict(f) for f in way]}, indent=2)

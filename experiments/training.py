@@ -160,7 +160,7 @@ class _Loop:
             self.require_finite(values["loss"], f"the loss of step {step + 1}")
             self.window.append(values)
             self.timed_steps += step > self.first
-            if (step + 1) % self.config.log_every == 0:
+            if (step + 1) % self.config.log_every == 0 or step + 1 == self.config.steps:
                 self.log(step + 1)
 
     def log(self, done: int) -> None:

@@ -82,9 +82,9 @@ def test_the_panels_by_hand():
     ((acceptance, first, second),) = panels(ROWS)
     assert acceptance.lines == {"n-gram": [(1, 0.5), (2, 0.25)]}
     assert (first.title, first.level) == ("code, temperature 1, batch 1", 1)
-    assert (first.lines, first.dashed) == ({"n-gram": [(1, 1.5), (2, 2.5)]}, {"n-gram": [(1, 1.625), (2, 2.625)]})
+    assert (first.lines, first.formula) == ({"n-gram": [(1, 1.5), (2, 2.5)]}, {"n-gram": [(1, 1.625), (2, 2.625)]})
     assert second.title == "code, temperature 1, batch 4"
-    assert (second.lines, second.dashed) == ({"n-gram": [(1, 3.5), (2, 0.5)]}, {"n-gram": [(1, 3.625), (2, 0.625)]})
+    assert (second.lines, second.formula) == ({"n-gram": [(1, 3.5), (2, 0.5)]}, {"n-gram": [(1, 3.625), (2, 0.625)]})
 
 
 def test_the_hundredth_at_the_far_end_is_neither_prose_nor_code():

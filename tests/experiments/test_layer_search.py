@@ -99,10 +99,13 @@ def test_layer_search_is_found_by_generate(tmp_path, capsys, monkeypatch: pytest
     train(config)
     assert search_layer_skip.main(["--checkpoint", str(config.output), "--sequence-length", "16"]) == 0
     assert searched == [config.data]
+    printed = capsys.readouterr().out
     written = json.loads((config.output / "layer_skip.json").read_text())
     best = written["best"]
     speedups = [found["speedup"] for found in written["way"]]
     assert best["speedup"] == max(speedups) > min(speedups)
+    assert f"{best['speedup']:.2f} × ← best" in " ".join(printed.replace("│", " ").split())
+    assert ("No set is predicted to be faster" in printed) == (best["speedup"] < 1)
     for gamma, folder in ((None, config.output), (3, config.output / "checkpoints")):
         drafter = load_run(folder).drafter("layer-skip", gamma)
         assert isinstance(drafter, spec_jax.LayerSkip)

@@ -108,9 +108,9 @@ def test_panels_by_hand(tmp_path: pathlib.Path, drawn: dict[str, Figure]):
     grid = [
         [Panel("first", "x", "y", {"a": one, "b": other}, {"b": one}, level=2.0, bottom=0.0)],
         [
-            Panel("second", "x", "y", {"b": one}, {}),
-            Panel("third", "x", "y", {"c": other}, {}, own_legend=True),
-            Panel("fourth", "x", "y", {"b": 8 * one}, {}),
+            Panel("second", "x", "y", {"b": one}),
+            Panel("third", "x", "y", {"c": other}, own_legend=True),
+            Panel("fourth", "x", "y", {"b": 8 * one}),
         ],
     ]
     save_panels(tmp_path / "sheet.png", grid)
@@ -128,4 +128,4 @@ def test_panels_by_hand(tmp_path: pathlib.Path, drawn: dict[str, Figure]):
     # A panel with a legend of its own has colours from the first on.
     assert third.lines[0].get_color() == a.get_color()
     assert first.get_ylim()[0] == 0 < second.get_ylim()[0]
-    assert [legend.get_text() for legend in drawn["sheet.png"].legends[0].get_texts()] == ["a", "b"]
+    assert [legend.get_text() for legend in drawn["sheet.png"].legends[0].get_texts()] == ["a", "b", "formula"]
