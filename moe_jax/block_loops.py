@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.blocks import Blocks, Place, Window, blocks_of_equal_groups, blocks_of_groups
+from moe_jax.dtypes import wide_dtype
 from moe_jax.grouping import OneGroup
 from moe_jax.halves import Operands, Rows, TwoLayers, Weights, both_halves, gradients_of_halves
 from moe_jax.layout import taken
@@ -45,7 +46,7 @@ def kept_for_gradients(layers: TwoLayers, operands: Operands) -> jax.ShapeDtypeS
         and operands.sizes_e is None
         and blocks_of_equal_groups(operands.num_groups, size).lengths == (size,)
         and size <= first.shape[1] <= 2 * size
-        and (first.shape[2:], jnp.promote_types(first.dtype, jnp.float32)) == ((width,), hidden_tf.dtype)
+        and (first.shape[2:], wide_dtype(first.dtype)) == ((width,), hidden_tf.dtype)
     )
     return jax.ShapeDtypeStruct(first.shape if in_place else (operands.num_rows, width), hidden_tf.dtype)
 
@@ -53,9 +54,11 @@ def kept_for_gradients(layers: TwoLayers, operands: Operands) -> jax.ShapeDtypeS
 def _cut(operands: Operands) -> tuple[Blocks, Place]:
     """Blocks, and the place of each group."""
     sizes_e, num_groups, size = operands.sizes_e, operands.num_groups, operands.equal_size
-    number_e = jnp.arange(num_groups)
+    number_e = jnp.arange(num_groups, dtype=jnp.int32)
     if sizes_e is not None:
-        return blocks_of_groups(num_groups, operands.num_rows), Place(number_e, jnp.cumsum(sizes_e) - sizes_e, sizes_e)
+        sizes_e = sizes_e.astype(jnp.int32)
+        start_e = jnp.cumsum(sizes_e, dtype=jnp.int32) - sizes_e
+        return blocks_of_groups(num_groups, operands.num_rows), Place(number_e, start_e, sizes_e)
     # Sizes that XLA does not know: of a single block it would make a part of the loop over groups, where it copies the
     # second half's weights while it multiplies by the first's, a third slower.
     size_e = jax.lax.optimization_barrier(jnp.full(num_groups, size, jnp.int32))
@@ -71,11 +74,16 @@ def _read(operands: Operands, window: Window) -> tuple[jax.Array, Rows]:
     return index_l, Rows(taken(x, index_l), *jax.tree.map(window.read, factors))
 
 
+def _corner(place: Place) -> tuple[jax.Array, ...]:
+    """Where a group begins in an array with a leading axis of groups."""
+    return place.number, jnp.int32(0), jnp.int32(0)
+
+
 def _write_kept(kept: jax.Array, window: Window, place: Place, hidden_lf: jax.Array) -> jax.Array:
     """What `kept_for_gradients` describes, with a block's hidden states."""
     if kept.ndim == 2:
         return window.write(kept, hidden_lf)
-    return jax.lax.dynamic_update_slice(kept, hidden_lf[None], (place.number, 0, 0))
+    return jax.lax.dynamic_update_slice(kept, hidden_lf[None], _corner(place))
 
 
 def _read_kept(kept: jax.Array, window: Window, place: Place) -> jax.Array:
@@ -84,7 +92,7 @@ def _read_kept(kept: jax.Array, window: Window, place: Place) -> jax.Array:
     def read() -> jax.Array:
         if kept.ndim == 2:
             return window.read(kept)
-        return jax.lax.dynamic_slice(kept, (place.number, 0, 0), (1, window.length, kept.shape[2]))[0]
+        return jax.lax.dynamic_slice(kept, _corner(place), (1, window.length, kept.shape[2]))[0]
 
     # XLA makes one loop of a slice and the arithmetic behind it, which is not vectorised then; what a branch gives it
     # leaves alone.
@@ -149,7 +157,7 @@ def gradients_in_blocks(
         return blocks.each(place, block, carry), None
 
     def zeros(x: jax.Array) -> jax.Array:
-        return jnp.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32))
+        return jnp.zeros_like(x, wide_dtype(x.dtype))
 
     differentiated = operands.weights, operands.rows
     weights_bar, rows_bar = jax.tree.map(zeros, differentiated)

@@ -28,7 +28,7 @@ class Window(NamedTuple):
     @property
     def rows_l(self) -> jax.Array:
         """(L,) their numbers."""
-        return self.at + jnp.arange(self.length)
+        return self.at + jnp.arange(self.length, dtype=jnp.int32)
 
     def read(self, x: jax.Array) -> jax.Array:
         """(L, ...) what (S, ...) holds of them."""

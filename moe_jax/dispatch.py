@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.checks import one_of
+from moe_jax.dtypes import wide_dtype
 from moe_jax.layout import Sent, collect, layout, scaled, sent
 from moe_jax.routing import Routing
 
@@ -84,7 +85,7 @@ def mixture(
     one_of("dispatch", dispatch, DISPATCHES)
     if len(x_td) != len(routing.keep_ta):
         raise ValueError(f"x_td must have the {len(routing.keep_ta)} tokens of the routing, got {len(x_td)}")
-    dtype = jnp.promote_types(x_td.dtype, jnp.float32)
+    dtype = wide_dtype(x_td.dtype)
     routing = dataclasses.replace(routing, gate_ta=routing.gate_ta.astype(dtype))
     if routing.capacity == 0:
         # No expert is asked.
@@ -106,7 +107,7 @@ def sorted_rows(routing: Routing) -> tuple[jax.Array, jax.Array, int]:
     """Arguments of `layout` that put kept assignments side by side, by expert, group and slot."""
     num_experts, groups = routing.count_eg.shape
     count_q = routing.count_eg.reshape(-1)
-    start_q = jnp.cumsum(count_q) - count_q
+    start_q = jnp.cumsum(count_q, dtype=count_q.dtype) - count_q
     group_ta, place_ta = jnp.divmod(routing.slot_ta, routing.capacity)
     row_ta = start_q[routing.expert_index_ta * groups + group_ta] + place_ta
     num_rows = min(routing.keep_ta.size, num_experts * groups * routing.capacity)

@@ -168,13 +168,13 @@ class Sizes:
     def start_home_gm(self) -> jax.Array:
         """(G, M) the first row of each piece at home."""
         flat = self.sent_gm.reshape(-1)
-        return (jnp.cumsum(flat) - flat).reshape(self.sent_gm.shape)
+        return (jnp.cumsum(flat, dtype=flat.dtype) - flat).reshape(self.sent_gm.shape)
 
     @property
     def start_away_gm(self) -> jax.Array:
         """(G, M) the first row of each piece that arrived."""
         flat = self.received_gm.T.reshape(-1)
-        return (jnp.cumsum(flat) - flat).reshape(self.received_gm.T.shape).T
+        return (jnp.cumsum(flat, dtype=flat.dtype) - flat).reshape(self.received_gm.T.shape).T
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -212,7 +212,7 @@ def _layouts(sizes: Sizes) -> tuple[Layout, Layout]:
     used_s = row_s < sent_g.sum()
     outgoing = layout((to_s * length + row_s - start_g[to_s])[:, None], used_s[:, None], sizes.rows_away)
 
-    end_gm = jnp.cumsum(sizes.received_gm, axis=1)
+    end_gm = jnp.cumsum(sizes.received_gm, axis=1, dtype=sizes.received_gm.dtype)
     place_r = jnp.arange(length, dtype=jnp.int32)
     expert_gr = _pieces_before(end_gm, place_r)
     used_gr = place_r[None] < end_gm[:, -1:]

@@ -5,7 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from moe_jax.routing import Choice, Router, RouterInputs, SlotOrder, at_least_float32
+from moe_jax.dtypes import at_least_float32
+from moe_jax.routing import Choice, Router, RouterInputs, SlotOrder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

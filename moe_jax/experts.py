@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.checks import array, flag, floating, floating_array, function, instance, one_of, whole
+from moe_jax.dtypes import at_least_float32
 from moe_jax.grouped import by_group
 from moe_jax.grouping import Grouping, OneGroup
 from moe_jax.halves import Weights
 from moe_jax.layout import Sent, scaled
-from moe_jax.routing import at_least_float32
 
 Init = Literal["paper", "original"]
 Activation = Callable[[jax.Array], jax.Array]

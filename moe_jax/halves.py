@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from moe_jax.dtypes import wide_dtype
 from moe_jax.grouping import Grouping
 from moe_jax.layout import Layout, scaled
 
@@ -52,7 +53,7 @@ class Operands(NamedTuple):
     def no_sums(self) -> jax.Array:
         """Outputs to add to. Made of the input: on a mesh it is a device's own, as what a loop starts with must be."""
         x = self.rows.x
-        return jnp.zeros_like(x, x.dtype if self.layout is None else jnp.promote_types(x.dtype, jnp.float32))
+        return jnp.zeros_like(x, x.dtype if self.layout is None else wide_dtype(x.dtype))
 
 
 class TwoLayers(Protocol):

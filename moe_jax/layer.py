@@ -13,12 +13,13 @@ from jax.sharding import Mesh
 from moe_jax.checks import array, flag, floating, floating_array, instance, whole
 from moe_jax.config import MoEConfig
 from moe_jax.dispatch import ExpertFunctions, mixture
+from moe_jax.dtypes import at_least_float32, wide_dtype
 from moe_jax.experts import Experts, FeedForward, initial_weights
 from moe_jax.losses import Metrics, RouterTotals, balance_loss, metrics, router_totals, router_z_loss
 from moe_jax.noise import RouterNoise, draw_noise
 from moe_jax.parallel import mix_over_mesh, placement
 from moe_jax.router_bias import RouterBias
-from moe_jax.routing import Choice, RouterInputs, Routing, at_least_float32
+from moe_jax.routing import Choice, RouterInputs, Routing
 from moe_jax.slots import TokenGroups, assign_slots, token_groups
 
 
@@ -100,7 +101,7 @@ class MoE(nnx.Module):
         mask_t = None if mask is None else mask.reshape(-1)
         if mask_t is not None:
             x_td = jnp.where(mask_t[:, None], x_td, 0)
-        dtype = jnp.promote_types(x.dtype, jnp.float32)
+        dtype = wide_dtype(x.dtype)
         noise = draw_noise(key, self.config, mask_t, tokens=x_td.shape[0], train=train, dtype=dtype)
         where = placement(self.config, self.mesh)
         if where is None:

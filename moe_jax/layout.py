@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from moe_jax.dtypes import wide_dtype
+
 
 @struct.dataclass
 class Layout:
@@ -50,9 +52,9 @@ def spread(where: Layout, x_td: jax.Array) -> jax.Array:
 def collect(where: Layout, y_sd: jax.Array) -> jax.Array:
     """(T, D) in at least float32: the sum of each token's rows. Rows of no token are never read."""
     tokens, choices = where.row_ta.shape
-    total_td = jnp.zeros((tokens, y_sd.shape[1]), jnp.promote_types(y_sd.dtype, jnp.float32))
+    total_td = jnp.zeros((tokens, y_sd.shape[1]), wide_dtype(y_sd.dtype))
     for a in range(choices):
-        total_td = total_td + taken(y_sd, where.row_ta[:, a])
+        total_td = total_td + taken(y_sd, where.row_ta[:, a]).astype(total_td.dtype)
     return total_td
 
 
@@ -99,6 +101,6 @@ def sent(where: Layout, gate_ta: jax.Array, weight_ta: jax.Array | None) -> Sent
 def scaled(x_sd: jax.Array, factor_s: jax.Array | None) -> jax.Array:
     """(S, D): each row times its factor, if there are factors.
 
-    Multiplied, and summed in the gradient of the factors, in the wider dtype.
+    Multiplied, and summed in the gradient of the factors, in the factors' dtype, which is the wider one.
     """
-    return x_sd if factor_s is None else (x_sd * factor_s[:, None]).astype(x_sd.dtype)
+    return x_sd if factor_s is None else (x_sd.astype(factor_s.dtype) * factor_s[:, None]).astype(x_sd.dtype)

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from moe_jax.routing import Choice, Routing, at_least_float32
+from moe_jax.dtypes import at_least_float32
+from moe_jax.routing import Choice, Routing
 
 
 @struct.dataclass

@@ -62,7 +62,8 @@ def draw_noise(
         needed = " and ".join(name for name, used in users if used)
         raise ValueError(f"key must be a PRNG key for {needed}, got None")
     jitter_key, gumbel_key, uniform_key = jax.random.split(_checked_key(key), 3)
-    before_t = jnp.arange(tokens, dtype=jnp.int32) if mask_t is None else jnp.cumsum(mask_t, dtype=jnp.int32) - mask_t
+    used_t = jnp.ones(tokens, jnp.int32) if mask_t is None else mask_t.astype(jnp.int32)
+    before_t = jnp.cumsum(used_t, dtype=jnp.int32) - used_t
 
     def drawn(key: jax.Array, draw: Callable[..., jax.Array], size: int) -> jax.Array:
         key_t = jax.vmap(jax.random.fold_in, (None, 0))(key, before_t)
@@ -80,8 +81,8 @@ def draw_noise(
 def _checked_key(key: Any) -> jax.Array:
     """The key, of `jax.random.key` or the raw numbers of `jax.random.PRNGKey`, as one of the generator that is needed.
 
-    Keys of the other generators are turned into one of "threefry2x32": under `vmap` those draw for all tokens from the
-    first one's key, so that a token's numbers would depend on the padding beside it.
+    Those of the other generators are folded into one of "threefry2x32", word by word: under `vmap` they draw for all
+    from the first key, so that a token's numbers would depend on the padding beside it.
     """
     described = isinstance(key, jax.Array | np.ndarray)
     got = f"{key.shape} {key.dtype}" if described else f"a {type(key).__name__}"
@@ -97,4 +98,7 @@ def _checked_key(key: Any) -> jax.Array:
         raise refusal
     if str(jax.random.key_impl(key)) == "threefry2x32":
         return key
-    return jax.random.wrap_key_data(jax.random.bits(key, (2,), jnp.uint32), impl="threefry2x32")
+    folded = jax.random.key(0, impl="threefry2x32")
+    for word in jax.random.key_data(key):
+        folded = jax.random.fold_in(folded, word)
+    return folded

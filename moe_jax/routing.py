@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from moe_jax.checks import flag, one_of, whole
+from moe_jax.dtypes import at_least_float32
 
 Policy = Literal["all", "none", "threshold", "random"]
 Score = Literal["softmax", "sigmoid"]
@@ -253,11 +254,6 @@ class TopN(Router):
     def _thresholds(self, train: bool) -> tuple[float, ...]:
         threshold = self.threshold_train if train else self.threshold_eval
         return threshold if isinstance(threshold, tuple) else (threshold,) * (self.n - 1)
-
-
-def at_least_float32(x: jax.Array) -> jax.Array:
-    """In float32, or wider if it is."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def wanted_ranks(

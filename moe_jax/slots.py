@@ -58,6 +58,7 @@ def token_groups(mask_t: jax.Array, sequence_length: int, group_size: int | str)
     check_group_size(group_size)
     if group_size == "sequence" and (sequence_length < 1 or tokens % sequence_length):
         raise ValueError(f"sequence_length must divide the {tokens} tokens, got {sequence_length}")
+    used_t = mask_t.astype(jnp.int32)
     if group_size == "batch":
         group_t, groups, size = jnp.zeros(tokens, jnp.int32), 1, tokens
     elif group_size == "sequence":
@@ -66,9 +67,8 @@ def token_groups(mask_t: jax.Array, sequence_length: int, group_size: int | str)
     else:
         size = max(min(int(group_size), tokens), 1)
         groups = -(-tokens // size)
-        before_t = jnp.cumsum(mask_t.astype(jnp.int32)) - mask_t
-        group_t = jnp.minimum(before_t // size, groups - 1)
-    count_g = jnp.zeros(groups, jnp.int32).at[group_t].add(mask_t.astype(jnp.int32))
+        group_t = jnp.minimum((jnp.cumsum(used_t, dtype=jnp.int32) - used_t) // size, groups - 1)
+    count_g = jnp.zeros(groups, jnp.int32).at[group_t].add(used_t)
     return TokenGroups(group_t=group_t, count_g=count_g, size=size)
 
 
@@ -187,6 +187,6 @@ def _places(choice: Choice, queue_ta: jax.Array, num_queues: int, slot_order: Sl
     sorted_flat = jax.lax.sort([*keys, flat], num_keys=len(keys), is_stable=True)[-1]
     queue = queue_ta.reshape(-1)
     length_q = jnp.zeros(num_queues + 1, jnp.int32).at[queue].add(1)
-    start_q = jnp.cumsum(length_q) - length_q
+    start_q = jnp.cumsum(length_q, dtype=length_q.dtype) - length_q
     rank = jnp.zeros_like(flat).at[sorted_flat].set(flat, unique_indices=True)
     return (rank - start_q[queue]).reshape(queue_ta.shape), length_q[:-1]

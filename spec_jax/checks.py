@@ -125,8 +125,8 @@ def checked_row_ids(row_ids: ArrayLike | None, batch: int) -> jax.Array:
 def checked_key(key: jax.Array) -> jax.Array:
     """The random key, as one of the generator that the noise needs.
 
-    Keys of the other generators are turned into one of "threefry2x32": under `vmap` those draw for a whole batch from
-    its first row's key, so that a row's noise would depend on the rows beside it.
+    Those of the other generators are folded into one of "threefry2x32", word by word: under `vmap` they draw for a
+    whole batch from its first key, so that a row's noise would depend on the rows beside it.
 
     Raises:
       ValueError: not one key.
@@ -142,7 +142,10 @@ def checked_key(key: jax.Array) -> jax.Array:
         raise refusal
     if str(jax.random.key_impl(key)) == "threefry2x32":
         return key
-    return jax.random.wrap_key_data(jax.random.bits(key, (2,), jnp.uint32), impl="threefry2x32")
+    folded = jax.random.key(0, impl="threefry2x32")
+    for word in jax.random.key_data(key):
+        folded = jax.random.fold_in(folded, word)
+    return folded
 
 
 def checked_token(name: str, token: int, vocab_size: int) -> jax.Array:

@@ -291,8 +291,8 @@ def _count(state: DecodeState, draft: Draft, emission: Emission, request: Reques
     places_b = jnp.where(last_bt[:, 0] == request.eos_id, emission.count_b, room_b)
     counted_b = jnp.where(active_b, jnp.minimum(draft.count_b, places_b), 0)
     return DecodeStats(
-        rounds_b=state.stats.rounds_b + active_b,
-        refused_b=state.stats.refused_b + (emission.accepted_b < counted_b),
-        drafted_bj=state.stats.drafted_bj + (position_1j < counted_b[:, None]),
-        accepted_bj=state.stats.accepted_bj + (position_1j < emission.accepted_b[:, None]),
+        rounds_b=state.stats.rounds_b + active_b.astype(jnp.int32),
+        refused_b=state.stats.refused_b + (emission.accepted_b < counted_b).astype(jnp.int32),
+        drafted_bj=state.stats.drafted_bj + (position_1j < counted_b[:, None]).astype(jnp.int32),
+        accepted_bj=state.stats.accepted_bj + (position_1j < emission.accepted_b[:, None]).astype(jnp.int32),
     )

@@ -43,7 +43,7 @@ def next_token_loss(logits_btv: jax.Array, next_tokens_bt: jax.Array, *, mask_bt
     # Masked before the logarithm and not after: 0 · inf in the gradient of a padded position would be NaN.
     logits_btv = jnp.where(mask_bt[:, :, None], logits_btv, 0.0)
     surprise_bt = jnp.where(mask_bt, _surprise(logits_btv, jnp.where(mask_bt, next_tokens_bt, 0)), 0.0)
-    return surprise_bt.sum() / jnp.maximum(mask_bt.sum(), 1)
+    return surprise_bt.sum() / jnp.maximum(mask_bt.sum(dtype=surprise_bt.dtype), 1)
 
 
 def distillation_loss(draft_logits_btv: jax.Array, target_logits_btv: jax.Array) -> jax.Array:

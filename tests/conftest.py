@@ -61,6 +61,14 @@ def programs_of_a_module(request: pytest.FixtureRequest):
 
 
 @pytest.fixture(autouse=True)
+def dtypes_of_a_test(request: pytest.FixtureRequest):
+    """Mixed by nothing in the libraries; optax does, and flax's norm of bfloat16."""
+    mixed = "experiments" in request.module.__name__ or request.node.get_closest_marker("mixed_dtypes")
+    with jax.numpy_dtype_promotion("standard" if mixed else "strict"):
+        yield
+
+
+@pytest.fixture(autouse=True)
 def programs_of_a_test():
     """Gone when there are many: every compiled program keeps memory mapped, and LLVM ends the process at the limit."""
     yield

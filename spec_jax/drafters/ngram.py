@@ -119,7 +119,7 @@ def lookup(sequence: Sequence, *, gamma: int, min_ngram: int, max_ngram: int) ->
         wanted_b1 = sequence.window(jnp.maximum(length_b - 1 - back, 0), 1)
         here_bs = jnp.pad(tokens_bs, ((0, 0), (back, 0)))[:, : tokens_bs.shape[1]]
         alive_bs &= (here_bs == wanted_b1) & (slot_1s >= back)
-        length_bs += alive_bs
+        length_bs += alive_bs.astype(jnp.int32)
     # The longest first, the latest among those: one number that grows with both.
     rank_bs = length_bs * tokens_bs.shape[1] + slot_1s
     end_b = jnp.argmax(jnp.where(length_bs >= min_ngram, rank_bs, -1), axis=1)

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from moe_jax import MoE, MoEOutput
+from moe_jax.dtypes import wide_dtype
 from tests.moe.support import config, initial_layer
 
 MESHES = ((1, 1), (1, 2), (2, 1), (2, 2), (1, 3), (3, 2), (2, 4), (1, 8), (8, 1))
@@ -69,7 +70,8 @@ def _results(case: Case) -> Results:
     def loss(moe: MoE, x: jax.Array) -> tuple[jax.Array, MoEOutput]:
         out = moe(x, train=True, mask=case.mask, key=case.key)
         # The auxiliary losses are made to weigh as much as the outputs.
-        return jnp.sum(out.outputs.astype(jnp.promote_types(x.dtype, jnp.float32)) ** 2) + 100 * out.total_aux_loss, out
+        squares = jnp.sum(out.outputs.astype(wide_dtype(x.dtype)) ** 2)
+        return squares + 100 * out.total_aux_loss.astype(squares.dtype), out
 
     gradients, out = jax.grad(loss, argnums=(0, 1), has_aux=True)(case.moe, case.x)
     return Results(out, *gradients)

@@ -77,7 +77,7 @@ def outputs_and_gradients(
 
     def loss(moe: MoE, x: jax.Array) -> tuple[jax.Array, MoEOutput]:
         out = moe(x, train=True, mask=mask, **options)
-        return jnp.sum(out.outputs**2) + out.total_aux_loss, out
+        return jnp.sum(out.outputs**2).astype(out.total_aux_loss.dtype) + out.total_aux_loss, out
 
     gradients, out = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(moe, x)
     return out, *gradients

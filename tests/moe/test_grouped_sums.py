@@ -87,6 +87,7 @@ def test_gradients_of_float64_are_summed_in_float64():
         np.testing.assert_allclose(b_out_bar, 400 / 3, rtol=1e-12)
 
 
+@pytest.mark.mixed_dtypes
 @pytest.mark.parametrize("sizes_e", [None, np.array([1, 2], np.int32)], ids=["equal", "sorted"])
 def test_float32_weights_give_bfloat16_rows_for_bfloat16_rows(sizes_e: np.ndarray | None):
     weights = jax.tree.map(lambda weight: weight.astype(jnp.float32), narrow_weights(2))

@@ -60,6 +60,15 @@ def test_padded_equals_compacted_in_what_keys_of_other_generators_draw(implement
     padded, compacted = apply(moe, x, mask=mask, key=key), apply(moe, x[mask], key=key)
     np.testing.assert_allclose(padded.outputs[mask], compacted.outputs, rtol=0, atol=1e-5)
 
+    # Nor where the caller does it.
+    def outputs(key: jax.Array) -> jax.Array:
+        return apply(moe, x, key=key).outputs
+
+    keys = jax.random.split(key, 3)
+    at_once = jax.vmap(outputs)(keys)
+    np.testing.assert_allclose(at_once, jnp.stack([outputs(key) for key in keys]), rtol=0, atol=1e-5)
+    assert (at_once[1] != at_once[2]).any()
+
 
 @pytest.mark.parametrize("group_size", ["sequence", 5])
 def test_padded_equals_compacted_in_every_kind_of_group(group_size: int | str):

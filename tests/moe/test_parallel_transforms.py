@@ -54,6 +54,7 @@ def one_step(loss: Any, blocks: Any, state: Any, x: jax.Array) -> Any:
     return value, blocks_bar, x_bar, state
 
 
+@pytest.mark.mixed_dtypes
 @pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [False, True])
 def test_a_checkpointed_scan_of_spread_weights_under_set_mesh(fsdp: bool):

@@ -59,7 +59,7 @@ def original_balance_loss(moe: MoE, x: jax.Array) -> jax.Array:
     inputs = RouterInputs(logits_te=logits_te, selection_logits_te=logits_te, mask_t=mask_t, uniform_ta=uniform_ta)
     choice, routing = moe.route(inputs, sequence_length=x.shape[1], train=True)
     experts = moe.config.num_experts
-    first_te = jax.nn.one_hot(routing.expert_index_ta[:, 0], experts) * routing.keep_ta[:, :1]
+    first_te = jnp.where(routing.keep_ta[:, :1], jax.nn.one_hot(routing.expert_index_ta[:, 0], experts), 0)
     density_be = first_te.reshape(*x.shape[:2], experts).mean(1)
     proxy_be = choice.probs_te.reshape(*x.shape[:2], experts).mean(1)
     return (density_be * proxy_be).mean() * experts**2

@@ -109,6 +109,7 @@ def test_grouped_heads_repeat_keys_and_values():
     np.testing.assert_allclose(uncached(full, TOKENS).logits, uncached(grouped, TOKENS).logits, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.mixed_dtypes
 def test_bfloat16_computes_close_with_float32_logits_and_weights():
     """Relative to the logits' own spread of 4: bfloat16 has 8 bits, and there are two blocks."""
     decoder = with_config(dataclasses.replace(CONFIG, dtype="bfloat16"), transformer(0))

@@ -90,6 +90,7 @@ def test_no_new_tokens():
     assert base_decoding(TARGET, np.ones((1, 2), int), max_new_tokens=0, key=KEY).tokens.shape == (1, 0)
 
 
+@pytest.mark.mixed_dtypes
 def test_small_integers_of_numpy_count_as_others_do():
     """As an int8, 100 rounded up to a multiple of 64 would be -128."""
     lengths: tuple[Any, ...] = (100, np.int8(100), np.uint8(100))

@@ -75,7 +75,9 @@ def test_padding_is_out_of_values_and_gradients():
         lambda x: next_token_loss(x, jnp.array(np.where(mask, tokens, -1)), mask_bt=jnp.array(mask))
     )(jnp.array(poisoned))
     np.testing.assert_allclose(loss, reference(logits, tokens)[mask].mean(), rtol=1e-6)
-    unmasked = jax.grad(lambda x: next_token_loss(x, jnp.array(tokens)) * mask.size / mask.sum())(jnp.array(logits))
+    unmasked = jax.grad(lambda x: next_token_loss(x, jnp.array(tokens)) * float(mask.size / mask.sum()))(
+        jnp.array(logits)
+    )
     np.testing.assert_allclose(gradient, np.where(mask[..., None], unmasked, 0), atol=1e-6)
 
 

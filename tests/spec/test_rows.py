@@ -99,6 +99,15 @@ def test_keys_of_other_generators(implementation: str):
     np.testing.assert_array_equal(coupled.tokens, plain.tokens)
     assert_rows_equal(decode("plain", rows[5:6], IDS[5:6], implementation), plain, rows[5:6])
 
+    # Nor where the caller does it.
+    def tokens(key: jax.Array) -> jax.Array:
+        return base_decoding(transformer(0), [[1]], max_new_tokens=8, key=key).tokens[0]
+
+    keys = jax.random.split(jax.random.key(3, impl=implementation), 3)
+    at_once = jax.jit(jax.vmap(tokens))(keys)
+    np.testing.assert_array_equal(at_once, [tokens(key) for key in keys])
+    assert len({tuple(row) for row in np.asarray(at_once).tolist()}) == 3
+
 
 @pytest.mark.slow
 def test_transformer_rows_reordered():
