@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from spec_jax import Decoder
-from spec_jax.interop import to_torch_names
+from spec_jax.interop import decoder_to_torch
 
 
 def original_decoder(decoder: Decoder) -> Any:
@@ -33,7 +33,7 @@ def original_decoder(decoder: Decoder) -> Any:
         dim_head=config.dim_head,
         ff_mult=config.ff_mult,
     )
-    weights = {name: torch.from_numpy(array.copy()) for name, array in to_torch_names(decoder).items()}
+    weights = {name: torch.from_numpy(array.copy()) for name, array in decoder_to_torch(decoder).items()}
     left_over = original.load_state_dict(weights, strict=False)
     # The rotary frequencies are a buffer of the original's, made by its constructor.
     if left_over.unexpected_keys or left_over.missing_keys != ["rotary_emb.inv_freq"]:
@@ -85,7 +85,7 @@ def static_cache_plain(
     import torch.nn.functional as F
 
     config = decoder.config
-    weights = {name: torch.from_numpy(array.copy()) for name, array in to_torch_names(decoder).items()}
+    weights = {name: torch.from_numpy(array.copy()) for name, array in decoder_to_torch(decoder).items()}
     batch, length = prompt.shape
     size, head_dim, heads = length + max_new_tokens, config.dim_head, config.heads
     kept = math.ceil((1 - filter_thres) * config.vocab_size)

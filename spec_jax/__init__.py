@@ -19,6 +19,7 @@ from spec_jax.drafters import NGram as NGram
 from spec_jax.drafters import Prophet as Prophet
 from spec_jax.drafters import SmallModel as SmallModel
 from spec_jax.prophet import ModelWithProphet as ModelWithProphet
+from spec_jax.prophet import ProphetModel as ProphetModel
 from spec_jax.result import DecodeResult as DecodeResult
 from spec_jax.result import DecodeStats as DecodeStats
 from spec_jax.sampling import Sampling as Sampling

@@ -56,7 +56,7 @@ def checked_drafter(target: LanguageModel, drafter: Drafter, verification: str, 
         that has none.
     """
     if not isinstance(drafter, Drafter):
-        raise ValueError(f"drafter must be a spec_jax.Drafter, such as SmallModel(draft), got {drafter!r}")
+        raise ValueError(f"drafter must be a spec_jax.Drafter, such as SmallModel(draft), got {type(drafter).__name__}")
     if not is_integer(drafter.gamma) or drafter.gamma < 0:
         raise ValueError(f"gamma must be an integer >= 0, got {drafter.gamma!r}")
     drafter.check(target)
@@ -65,6 +65,7 @@ def checked_drafter(target: LanguageModel, drafter: Drafter, verification: str, 
             f"drafter must have the target's vocabulary of {target.vocab_size} tokens, got {drafter.vocab_size}"
         )
     rule = checked_rule(verification)
+    _check_known("lenience", lenience)
     if isinstance(lenience, jax.Array) and not isinstance(lenience, Tracer) and lenience.ndim == 0:
         lenience = lenience.item()
     kind = float | int | np.number
@@ -95,6 +96,7 @@ def checked_sampling(sampling: Any) -> Sampling:
     Raises:
       ValueError: it is none, or has a value outside its range.
     """
+    _check_known("top_k", getattr(sampling, "top_k", None))
     if not isinstance(sampling, Sampling):
         raise ValueError(f"sampling must be a spec_jax.Sampling, got {sampling!r}")
     return sampling.checked()
@@ -105,6 +107,12 @@ def check_not_traced(**arguments: Any) -> None:
     for name, value in arguments.items():
         if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value)):
             raise ValueError(f"{name} must be known on the host, where a stream's rounds go, got it traced")
+
+
+def check_outside_traces(made: Any) -> None:
+    """Raises ValueError where an array that was made just now is traced: of known arguments, then, in a trace."""
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(made)):
+        raise ValueError("stream must be called outside of jax.jit and its like, for its rounds go on the host")
 
 
 def checked_row_ids(row_ids: ArrayLike | None, batch: int) -> jax.Array:
@@ -154,6 +162,7 @@ def checked_token(name: str, token: int, vocab_size: int) -> jax.Array:
     Raises:
       ValueError: not an integer, or outside the vocabulary.
     """
+    _check_known(name, token)
     if not is_integer(token) or not 0 <= token < vocab_size:
         raise ValueError(f"{name} must be a token, a Python integer in [0, {vocab_size}), got {token!r}")
     return jnp.int32(token)
@@ -165,6 +174,7 @@ def checked_pad(pad_id: int) -> jax.Array:
     Raises:
       ValueError: not an integer, or too large for int32.
     """
+    _check_known("pad_id", pad_id)
     if not is_integer(pad_id) or not -(2**31) <= pad_id < 2**31:
         raise ValueError(f"pad_id must be a Python integer of 32 bits, got {pad_id!r}")
     return jnp.int32(pad_id)
@@ -182,6 +192,7 @@ def checked_size(cache_size: int | None, *, width: int, max_new_tokens: int, gam
     Raises:
       ValueError: negative `max_new_tokens`, a cache too small, or more slots than an int32 counts.
     """
+    _check_known("max_new_tokens", max_new_tokens)
     if not is_integer(max_new_tokens) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be a Python integer >= 0, got {max_new_tokens!r}")
     # An int8 of NumPy would not hold the sum.
@@ -202,13 +213,17 @@ def checked_size(cache_size: int | None, *, width: int, max_new_tokens: int, gam
     return size
 
 
-def _array(name: str, value: ArrayLike) -> np.ndarray:
-    try:
-        return np.asarray(value)
-    except jax.errors.TracerArrayConversionError:
+def _check_known(name: str, value: Any) -> None:
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value)):
         raise ValueError(
             f"{name} must be known on the host: only weights, key, temperature, top_p and min_p may be traced, "
             f"got {value}"
-        ) from None
+        )
+
+
+def _array(name: str, value: ArrayLike) -> np.ndarray:
+    _check_known(name, value)
+    try:
+        return np.asarray(value)
     except ValueError as error:  # Rows of different lengths.
         raise ValueError(f"{name} must be one rectangular array, padded where rows are shorter: {error}") from None

@@ -52,8 +52,8 @@ class DecoderConfig:
             check_integer(name.removeprefix("num_"), getattr(self, name), 1)
         if not is_number(self.rotary_base) or not 0 < self.rotary_base < math.inf:
             raise ValueError(f"rotary_base must be a finite number above 0, got {self.rotary_base!r}")
-        if not is_number(self.norm_epsilon) or not 0 <= self.norm_epsilon < math.inf:
-            raise ValueError(f"norm_epsilon must be a finite number >= 0, got {self.norm_epsilon!r}")
+        if not is_number(self.norm_epsilon) or not 0 < self.norm_epsilon < math.inf:
+            raise ValueError(f"norm_epsilon must be a finite number above 0, got {self.norm_epsilon!r}")
         if self.dim_head % 2:
             raise ValueError(f"dim_head must be even for rotary embeddings, got {self.dim_head}")
         if self.heads % self.num_kv_heads:
@@ -68,6 +68,10 @@ class DecoderConfig:
             for name in ("early_exit_extra_blocks", "detach_early_exit_hiddens", "early_exit_recycling"):
                 if value := getattr(self, name):
                     raise ValueError(f"{name} must not be set without early_exit_layer, got {value}")
+        for field in dataclasses.fields(self):
+            # NumPy's small integers would overflow in products of sizes.
+            if is_integer(value := getattr(self, field.name)):
+                object.__setattr__(self, field.name, int(value))
 
     @property
     def num_kv_heads(self) -> int:

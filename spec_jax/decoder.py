@@ -166,8 +166,9 @@ class EarlyExitBranch(nnx.Module):
 
     def __init__(self, config: DecoderConfig, feed_forward: FeedForwardFactory | None, *, rngs: nnx.Rngs) -> None:
         self.config = config
+        further = None if feed_forward is None else lambda layer, rngs: feed_forward(config.depth + layer, rngs)
         layers = range(config.early_exit_extra_blocks)
-        self.blocks = nnx.List([Block(config, layer, feed_forward, rngs=rngs) for layer in layers])
+        self.blocks = nnx.List([Block(config, layer, further, rngs=rngs) for layer in layers])
         self.head = Head(config, rngs=rngs)
         # Starts at 0: an exit without recycling, until training finds a use for it.
         self.recycle = Recycle(config, rngs=rngs) if config.early_exit_recycling else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,8 @@ def base_decoding(
       eos_id: the token that ends a row, or None. It is part of the output.
       pad_id: what fills the output after the end.
       row_ids: (B,) names of the rows for the noise; None is 0…B−1.
-      cache_size: slots a row; None is what the call needs, rounded up to a multiple of 64.
+      cache_size: slots a row, at least P + max_new_tokens + 1; None is that with P and max_new_tokens rounded up to
+        multiples of 64, and so is the sum. Attention reads all of them.
 
     Returns:
       Tokens, lengths and statistics.
@@ -183,13 +184,15 @@ def stream(
       ValueError: an argument that cannot be; named, with what was expected and what came.
     """
     if drafter is None:
-        checks.checked_rule(verification)
-        drafter, verification = Plain(), Verification.COUPLED
+        drafter = Plain()
+        checks.checked_drafter(target, drafter, verification, lenience)
+        verification, lenience = Verification.COUPLED, 1.0
     prepared = _prepare(
         target, drafter, prompt, prompt_length, max_new_tokens, key, sampling, eos_id, pad_id, verification, lenience,
         row_ids, cache_size,
     )  # fmt: skip
     checks.check_not_traced(target=target, drafter=drafter, key=key, sampling=sampling)
+    checks.check_outside_traces(prepared.request)
     return _rounds(target, prepared)
 
 
@@ -220,6 +223,9 @@ def _prepare(
     check_model("target", target)
     vocab_size = target.vocab_size
     rule = checks.checked_drafter(target, drafter, verification, lenience)
+    # NumPy's small integers would overflow.
+    if type(drafter.gamma) is not int:
+        drafter = dataclasses.replace(cast(Any, drafter), gamma=int(drafter.gamma))
     prompt_bp, prompt_length_b = checks.checked_prompt(prompt, prompt_length, vocab_size)
     batch, width = prompt_bp.shape
     padded = checks.bucket(width)

@@ -101,7 +101,7 @@ def pair_torch_names(pair: ModelWithProphet) -> dict[str, str]:
     return names | {".prophet.project.kernel": "to_prophet_start_token.weight"}
 
 
-def to_torch_names(decoder: Decoder) -> dict[str, np.ndarray]:
+def decoder_to_torch(decoder: Decoder) -> dict[str, np.ndarray]:
     """The weights of a decoder under the original's names and in its layout: the inverse of `decoder_from_torch`.
 
     Raises:

@@ -15,7 +15,7 @@ from spec_jax.sharding import over_heads
 
 FeedForwardFactory = Callable[[int, nnx.Rngs], nnx.Module]
 """Makes the feed-forward of a block from (layer index, rngs): a module called as `module(hidden_btd) -> (B, T, D)`,
-with its own input norm."""
+with its own input norm. An exit's own blocks count on from `depth`."""
 
 
 def run_blocks(

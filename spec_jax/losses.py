@@ -35,18 +35,15 @@ def next_token_loss(logits_btv: jax.Array, next_tokens_bt: jax.Array, *, mask_bt
     expected = logits_btv.shape[:2]
     if next_tokens_bt.shape != expected or not jnp.issubdtype(next_tokens_bt.dtype, jnp.integer):
         raise ValueError(f"next_tokens must be {expected} integers, got {next_tokens_bt.shape} {next_tokens_bt.dtype}")
-    if mask_bt is not None and (mask_bt.shape != expected or mask_bt.dtype != jnp.bool_):
-        raise ValueError(f"mask must be {expected} booleans, got {mask_bt.shape} {mask_bt.dtype}")
-    logits_btv = logits_btv.astype(jnp.float32)
-    if mask_bt is None:
-        return _surprise(logits_btv, next_tokens_bt).mean()
-    # Masked before the logarithm and not after: 0 · inf in the gradient of a padded position would be NaN.
-    logits_btv = jnp.where(mask_bt[:, :, None], logits_btv, 0.0)
-    surprise_bt = jnp.where(mask_bt, _surprise(logits_btv, jnp.where(mask_bt, next_tokens_bt, 0)), 0.0)
-    return surprise_bt.sum() / jnp.maximum(mask_bt.sum(dtype=surprise_bt.dtype), 1)
+    _check_mask(mask_bt, expected)
+    if mask_bt is not None:
+        next_tokens_bt = jnp.where(mask_bt, next_tokens_bt, 0)
+    return _mean(_surprise(_counted(logits_btv, mask_bt), next_tokens_bt), mask_bt)
 
 
-def distillation_loss(draft_logits_btv: jax.Array, target_logits_btv: jax.Array) -> jax.Array:
+def distillation_loss(
+    draft_logits_btv: jax.Array, target_logits_btv: jax.Array, *, mask_bt: jax.Array | None = None
+) -> jax.Array:
     """Mean forward KL divergence of the draft from the target, KL(target ‖ draft), over the whole vocabulary.
 
     Least where the draft has the target's distribution, and it bounds how often its tokens are refused: the
@@ -56,9 +53,10 @@ def distillation_loss(draft_logits_btv: jax.Array, target_logits_btv: jax.Array)
     Args:
       draft_logits_btv: (B, T, V), of any draft model.
       target_logits_btv: (B, T, V), of the target at the same positions; no gradient goes there.
+      mask_bt: (B, T) booleans, or None, as in `next_token_loss`.
 
     Returns:
-      () float32, nats per token.
+      () float32, nats per counted token; 0 where none is counted.
 
     Raises:
       ValueError: shapes that do not go together.
@@ -68,12 +66,13 @@ def distillation_loss(draft_logits_btv: jax.Array, target_logits_btv: jax.Array)
             f"draft_logits and target_logits must be (B, T, V) alike, "
             f"got {draft_logits_btv.shape} and {target_logits_btv.shape}"
         )
-    target_log_probs_btv = jax.nn.log_softmax(jax.lax.stop_gradient(target_logits_btv).astype(jnp.float32), axis=-1)
-    draft_log_probs_btv = jax.nn.log_softmax(draft_logits_btv.astype(jnp.float32), axis=-1)
+    _check_mask(mask_bt, draft_logits_btv.shape[:2])
+    target_log_probs_btv = jax.nn.log_softmax(_counted(jax.lax.stop_gradient(target_logits_btv), mask_bt), axis=-1)
+    draft_log_probs_btv = jax.nn.log_softmax(_counted(draft_logits_btv, mask_bt), axis=-1)
     # What is impossible adds nothing, however impossible it is to the draft.
     possible_btv = target_log_probs_btv != -jnp.inf
     difference_btv = jnp.where(possible_btv, target_log_probs_btv - draft_log_probs_btv, 0.0)
-    return (jnp.exp(target_log_probs_btv) * difference_btv).sum(-1).mean()
+    return _mean((jnp.exp(target_log_probs_btv) * difference_btv).sum(-1), mask_bt)
 
 
 def early_exit_logits(
@@ -112,25 +111,51 @@ def early_exit_logits(
     return output.logits, decoder.early_exit(output.early_hidden, None, recycled_btd)[0]
 
 
-def prophet_losses(pair: ModelWithProphet, output: PairOutput, tokens_bt: jax.Array) -> tuple[jax.Array, jax.Array]:
+def prophet_losses(
+    pair: ModelWithProphet, output: PairOutput, tokens_bt: jax.Array, *, mask_bt: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """The next-token losses of the target and of the prophet in every window of every row.
 
     Args:
       pair: target and prophet.
       output: what `pair(tokens_bt)` gave.
       tokens_bt: (B, T + 1) integers.
+      mask_bt: (B, T + 1) booleans, or None: tokens that are False (padding) count as nobody's next token.
 
     Returns:
-      () float32 each, nats per token.
+      () float32 each, nats per counted token; 0 where none is counted.
+
+    Raises:
+      ValueError: shapes that do not go together, or tokens that are not integers.
     """
+    _check_mask(mask_bt, tokens_bt.shape)
     next_bt = tokens_bt[:, 1:]
-    prophet_loss = next_token_loss(_joined(output.prophet_logits), _joined(pair.windows(next_bt)))
-    return next_token_loss(output.logits, next_bt), prophet_loss
+    mask_bt, in_windows_bt = _next_mask(pair, mask_bt)
+    return (
+        next_token_loss(output.logits, next_bt, mask_bt=mask_bt),
+        next_token_loss(_joined(output.prophet_logits), _joined(pair.windows(next_bt)), mask_bt=in_windows_bt),
+    )
 
 
-def prophet_distillation_loss(pair: ModelWithProphet, output: PairOutput) -> jax.Array:
-    """How far the prophet is from the target in every window: `distillation_loss`, () float32."""
-    return distillation_loss(_joined(output.prophet_logits), _joined(pair.windows(output.logits)))
+def prophet_distillation_loss(
+    pair: ModelWithProphet, output: PairOutput, *, mask_bt: jax.Array | None = None
+) -> jax.Array:
+    """How far the prophet is from the target in every window: `distillation_loss`.
+
+    Args:
+      pair: target and prophet.
+      output: what `pair(tokens_bt)` gave.
+      mask_bt: (B, T + 1) booleans, or None, as in `prophet_losses`.
+
+    Returns:
+      () float32, nats per counted token; 0 where none is counted.
+
+    Raises:
+      ValueError: a mask of another shape.
+    """
+    _check_mask(mask_bt, (output.logits.shape[0], output.logits.shape[1] + 1))
+    target_logits = _joined(pair.windows(output.logits))
+    return distillation_loss(_joined(output.prophet_logits), target_logits, mask_bt=_next_mask(pair, mask_bt)[1])
 
 
 def bits_per_byte(nats_per_byte: Number) -> Number:
@@ -138,8 +163,36 @@ def bits_per_byte(nats_per_byte: Number) -> Number:
     return nats_per_byte / math.log(2)
 
 
+def _check_mask(mask_bt: jax.Array | None, expected: tuple[int, ...]) -> None:
+    if mask_bt is not None and (mask_bt.shape != expected or mask_bt.dtype != jnp.bool_):
+        raise ValueError(f"mask must be {expected} booleans, got {mask_bt.shape} {mask_bt.dtype}")
+
+
+def _next_mask(pair: ModelWithProphet, mask_bt: jax.Array | None) -> tuple[jax.Array, jax.Array] | tuple[None, None]:
+    """Which next tokens count: of each position, and of each window's positions."""
+    if mask_bt is None:
+        return None, None
+    next_bt = mask_bt[:, 1:]
+    return next_bt, _joined(pair.windows(next_bt))
+
+
+def _counted(logits_btv: jax.Array, mask_bt: jax.Array | None) -> jax.Array:
+    """As float32, 0 where nothing counts: masked after the logarithm, 0 · inf in a gradient would be NaN."""
+    logits_btv = logits_btv.astype(jnp.float32)
+    return logits_btv if mask_bt is None else jnp.where(mask_bt[:, :, None], logits_btv, 0.0)
+
+
+def _mean(nats_bt: jax.Array, mask_bt: jax.Array | None) -> jax.Array:
+    """Over the counted positions."""
+    if mask_bt is None:
+        return nats_bt.mean()
+    return jnp.where(mask_bt, nats_bt, 0.0).sum() / jnp.maximum(mask_bt.sum(dtype=nats_bt.dtype), 1)
+
+
 def _surprise(logits_btv: jax.Array, tokens_bt: jax.Array) -> jax.Array:
-    """(B, T) −log p(token)."""
+    """(B, T) −log p(token); NaN where there is no such token."""
+    # A negative index would count from the end.
+    tokens_bt = jnp.where(tokens_bt < 0, logits_btv.shape[-1], tokens_bt)
     token_logits_bt = jnp.take_along_axis(logits_btv, tokens_bt[:, :, None], axis=-1)[:, :, 0]
     return jax.nn.logsumexp(logits_btv, axis=-1) - token_logits_bt
 

@@ -11,6 +11,7 @@ have either axis, both, or others besides, which are left alone. Nothing here ch
 
 from __future__ import annotations
 
+import re
 from typing import Any, TypeVar
 
 import jax
@@ -19,7 +20,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 DATA, MODEL = "data", "model"
 Tree = TypeVar("Tree")
 
-# Which axis of a weight is cut, by the end of its path: what a layer's first product cuts, its second sums over.
+# Which axis of a block's weight is cut: what a layer's first product cuts, its second sums over.
 CUT = {
     "to_qkv.kernel": 1,
     "to_out.kernel": 0,
@@ -27,6 +28,7 @@ CUT = {
     "up.bias": 0,
     "down.kernel": 0,
 }
+BLOCKS_WEIGHT = re.compile(rf"(^|\.)blocks\.\d+\.(attention|feed_forward)\.(?P<end>{'|'.join(CUT)})(\.value)?$")
 
 
 def decoder_shardings(model: Tree, mesh: Mesh) -> Tree:
@@ -57,10 +59,11 @@ def decoder_shardings(model: Tree, mesh: Mesh) -> Tree:
     size = mesh.shape.get(MODEL, 1)
 
     def sharding(path: tuple[Any, ...], weight: Any) -> NamedSharding:
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        for end, axis in CUT.items():
-            if f".{name}".removesuffix(".value").endswith(f".{end}") and size > 1 and weight.shape[axis] % size == 0:
-                return NamedSharding(mesh, PartitionSpec(*[None] * axis, MODEL))
+        found = BLOCKS_WEIGHT.search(jax.tree_util.keystr(path, simple=True, separator="."))
+        axis = CUT[found["end"]] if found else 0
+        # An optimiser's state may have fewer axes.
+        if found and size > 1 and axis < weight.ndim and weight.shape[axis] % size == 0:
+            return NamedSharding(mesh, PartitionSpec(*[None] * axis, MODEL))
         return NamedSharding(mesh, PartitionSpec())
 
     return jax.tree_util.tree_map_with_path(sharding, model)

@@ -75,7 +75,7 @@ class LanguageModel(Protocol):
 def check_model(name: str, model: Any) -> None:
     """Raises ValueError when `model` is none."""
     if not callable(model) or not is_integer(getattr(model, "vocab_size", None)):
-        raise ValueError(f"{name} must be a model, such as a spec_jax.Decoder, got {model!r}")
+        raise ValueError(f"{name} must be a model, such as a spec_jax.Decoder, got {type(model).__name__}")
 
 
 @struct.dataclass

@@ -108,7 +108,7 @@ OF_SPECULATIVE_DECODING: list[tuple[dict[str, Any], str]] = [
     ({"lenience": jnp.float32(1.5)}, "lenience must be in (0, 1], got 1.5"),
     ({"lenience": np.ones(2)}, "lenience must be in (0, 1], got array([1., 1.])"),
     ({"drafter": None}, "drafter must be a spec_jax.Drafter, such as SmallModel(draft), got None"),
-    ({"drafter": DRAFT}, "drafter must be a spec_jax.Drafter, such as SmallModel(draft), got Toy("),
+    ({"drafter": DRAFT}, "drafter must be a spec_jax.Drafter, such as SmallModel(draft), got Toy"),
     ({"lenience": NAN}, "lenience must be in (0, 1], got nan"),
     (
         {"lenience": 0.5, "verification": "block"},
@@ -200,8 +200,22 @@ def test_a_stream_is_of_the_host():
         jax.jit(lambda target: stream(target, None, **good()))(TARGET)
     with pytest.raises(ValueError, match=r"verification must be one of .*, got 'typical'"):
         stream(TARGET, None, **good(verification="typical"))
+    known = good()
+    with pytest.raises(ValueError, match=r"stream must be called outside of jax\.jit"):
+        jax.jit(lambda: list(stream(TARGET, None, **known)))()
 
 
-def test_a_lenience_that_is_traced():
-    with pytest.raises(ValueError, match=r"lenience must be in \(0, 1\], got .*Tracer"):
-        jax.jit(lambda x: speculative_decoding(TARGET, SmallModel(DRAFT), lenience=x, **good()).tokens)(0.5)
+def test_a_stream_of_plain_decoding_takes_what_rule_and_lenience_go_together():
+    stream(TARGET, None, **good(verification="rejection", lenience=0.5))
+    with pytest.raises(ValueError, match="lenience must be 1 for verification 'block'"):
+        stream(TARGET, None, **good(verification="block", lenience=0.5))
+
+
+@pytest.mark.parametrize("name", ["lenience", "eos_id", "pad_id", "max_new_tokens", "top_k"])
+def test_numbers_that_are_traced(name: str):
+    def decode(x: jax.Array) -> jax.Array:
+        changed: dict[str, Any] = {"sampling": Sampling(top_k=x)} if name == "top_k" else {name: x}  # pyright: ignore[reportArgumentType]
+        return speculative_decoding(TARGET, SmallModel(DRAFT), **good(**changed)).tokens
+
+    with pytest.raises(ValueError, match=f"{name} must be known on the host: only weights, .* may be traced, got"):
+        jax.jit(decode)(1)

@@ -201,7 +201,8 @@ def test_a_cache_of_another_model_or_batch(changed: dict, batch: int):
         ({"dim": 0}, "dim must be at least 1, got 0"),
         ({"dim": 32.5}, "dim must be an integer, got 32.5"),
         ({"rotary_base": 0.0}, "rotary_base must be a finite number above 0, got 0.0"),
-        ({"norm_epsilon": -1.0}, "norm_epsilon must be a finite number >= 0, got -1.0"),
+        ({"norm_epsilon": 0.0}, "norm_epsilon must be a finite number above 0, got 0.0"),
+        ({"norm_epsilon": -1.0}, "norm_epsilon must be a finite number above 0, got -1.0"),
         ({"vocab_size": -1}, "vocab_size must be at least 1, got -1"),
         ({"depth": 0}, "depth must be at least 1, got 0"),
         ({"kv_heads": 0}, "kv_heads must be at least 1, got 0"),
@@ -209,7 +210,7 @@ def test_a_cache_of_another_model_or_batch(changed: dict, batch: int):
         ({"heads": 8, "kv_heads": 3}, "kv_heads must divide heads = 8, got 3"),
         ({"dtype": "float16"}, "dtype must be 'float32' or 'bfloat16', got 'float16'"),
         ({"rotary_base": "10000"}, "rotary_base must be a finite number above 0, got '10000'"),
-        ({"norm_epsilon": None}, "norm_epsilon must be a finite number >= 0, got None"),
+        ({"norm_epsilon": None}, "norm_epsilon must be a finite number above 0, got None"),
         *(
             (
                 {"early_exit_layer": layer},

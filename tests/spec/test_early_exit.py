@@ -15,6 +15,7 @@ from flax import nnx
 from spec_jax import Decoder, DecoderConfig, EarlyExit
 from spec_jax.drafters.base import Proposal, Sequence
 from spec_jax.drafters.early_exit import EarlyExitState
+from spec_jax.layers import FeedForward
 from spec_jax.losses import early_exit_logits, next_token_loss
 from spec_jax.verification import Draft
 from tests.spec.strategies import drafting_what_is_there
@@ -281,3 +282,15 @@ def test_states_follow_each_rows_own_position(length_b: list[int]):
     scored = dataclasses.replace(whole, **window)
     updated = drafter.update((drafter.start(decoder, before, whole, 12), []), scored, emitted_b)
     jax.tree.map(np.testing.assert_array_equal, updated, drafter.start(decoder, after, whole, 12))
+
+
+def test_a_factory_of_feed_forwards_can_tell_the_exits_blocks_from_the_trunks():
+    layers = []
+
+    def factory(layer: int, rngs: nnx.Rngs) -> nnx.Module:
+        layers.append(layer)
+        return FeedForward(config, rngs=rngs)
+
+    config = DecoderConfig(dim=8, depth=3, heads=1, dim_head=4, early_exit_layer=2, early_exit_extra_blocks=2)
+    Decoder(config, rngs=nnx.Rngs(0), feed_forward=factory)
+    assert layers == [0, 1, 2, 3, 4]

@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 from flax import struct
 
-from spec_jax import DecodeResult, Sampling, SmallModel, base_decoding, decoding, loop, speculative_decoding
+from spec_jax import (
+    DecoderConfig,
+    DecodeResult,
+    NGram,
+    Sampling,
+    SmallModel,
+    base_decoding,
+    decoding,
+    loop,
+    speculative_decoding,
+)
 from spec_jax.drafters.base import Drafter, Proposal, token_by_token
 from tests.spec.toys import Toy, avoiding_toy, deterministic_toy, random_toy
 from tests.spec.transformers import ragged_prompts
@@ -90,16 +100,17 @@ def test_no_new_tokens():
     assert base_decoding(TARGET, np.ones((1, 2), int), max_new_tokens=0, key=KEY).tokens.shape == (1, 0)
 
 
-@pytest.mark.mixed_dtypes
 def test_small_integers_of_numpy_count_as_others_do():
     """As an int8, 100 rounded up to a multiple of 64 would be -128."""
     lengths: tuple[Any, ...] = (100, np.int8(100), np.uint8(100))
     results = [base_decoding(CYCLE, [[0]], max_new_tokens=length, key=KEY) for length in lengths]
-    gammas: tuple[Any, ...] = (np.int8(5), np.uint8(5))
+    gammas: tuple[Any, ...] = (np.int8(5), np.uint8(5), np.int8(100))
     results += [
-        speculative_decoding(CYCLE, SmallModel(CYCLE, gamma=gamma), [[0]], max_new_tokens=100, key=KEY)
+        speculative_decoding(CYCLE, drafter, [[0]], max_new_tokens=100, key=KEY)
         for gamma in gammas
+        for drafter in (SmallModel(CYCLE, gamma=gamma), NGram(gamma=gamma))
     ]
+    assert DecoderConfig(dim=np.int8(64), ff_mult=np.int8(4)) == DecoderConfig(dim=64)  # pyright: ignore[reportArgumentType]
     for result in results:
         np.testing.assert_array_equal(result.tokens, [[1, 2, 3, 0] * 25])
 

@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 from spec_jax import Decoder, DecoderConfig, Sampling, base_decoding
-from spec_jax.interop import decoder_from_torch, to_torch_names, torch_names
+from spec_jax.interop import decoder_from_torch, decoder_to_torch, torch_names
 from spec_jax.losses import next_token_loss
 from spec_jax.sampling import filtered_log_probs, keep_top_k
 from tests.spec.transformers import CONFIG, transformer
@@ -117,7 +117,7 @@ def test_what_is_written_is_read_back():
     shared: dict[str, Any] = {"dim": 8, "depth": 2, "heads": 2, "dim_head": 4, "ff_mult": 3, "early_exit_layer": 1}
     shared["detach_early_exit_hiddens"] = True
     decoder = transformer(0, DecoderConfig(vocab_size=7, early_exit_extra_blocks=1, **shared))
-    weights = to_torch_names(decoder)
+    weights = decoder_to_torch(decoder)
     assert weights["layers.1.1.1.weight"].shape == (24, 8)
     back = decoder_from_torch(weights, num_tokens=7, early_exit_extra_transformer_blocks=1, **shared)
     assert back.config == decoder.config
@@ -133,7 +133,7 @@ def test_what_the_original_does_not_have_is_not_written():
     ):
         decoder = transformer(0, dataclasses.replace(CONFIG, **changed))
         with pytest.raises(ValueError, match=message):
-            to_torch_names(decoder)
+            decoder_to_torch(decoder)
 
 
 def test_feed_forward_layers_of_the_callers_are_not_written():
@@ -142,7 +142,7 @@ def test_feed_forward_layers_of_the_callers_are_not_written():
 
     decoder = Decoder(CONFIG, rngs=nnx.Rngs(0), feed_forward=feed_forward)
     with pytest.raises(ValueError, match=r"feed-forward layers of its config, got others: \.blocks\[0\]\.feed_forward"):
-        to_torch_names(decoder)
+        decoder_to_torch(decoder)
 
 
 def test_weights_of_half_precision_become_float32():

@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -81,10 +82,32 @@ def test_padding_is_out_of_values_and_gradients():
     np.testing.assert_allclose(gradient, np.where(mask[..., None], unmasked, 0), atol=1e-6)
 
 
+def test_distillation_without_padding():
+    """That of the counted positions alone, in values and gradients, whatever stands at the others."""
+    (draft, _), (target, _) = case(0), case(1)
+    mask = np.array([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]], bool)
+    poisoned = [jnp.array(np.where(mask[..., None], logits, np.nan)) for logits in (draft, target)]
+    of_counted = partial(distillation_loss, mask_bt=jnp.array(mask))
+    loss, gradient = jax.value_and_grad(of_counted)(*poisoned)
+    alone, gradient_alone = jax.value_and_grad(distillation_loss)(draft[mask][None], target[mask][None])
+    np.testing.assert_allclose(loss, alone, rtol=1e-6)
+    np.testing.assert_allclose(gradient[mask], gradient_alone[0], atol=1e-7)
+    assert (gradient[~mask] == 0).all()
+
+
 def test_nothing_counted_is_zero():
     logits, tokens = case()
-    loss = next_token_loss(jnp.array(logits), jnp.array(tokens), mask_bt=jnp.zeros(tokens.shape, bool))
-    assert loss == 0
+    nothing = jnp.zeros(tokens.shape, bool)
+    assert next_token_loss(jnp.array(logits), jnp.array(tokens), mask_bt=nothing) == 0
+    assert distillation_loss(jnp.array(logits), jnp.array(logits) + 1, mask_bt=nothing) == 0
+
+
+@pytest.mark.parametrize("token", [-100, -1, 7])
+def test_a_token_that_there_is_not_has_no_loss(token: int):
+    """Of 7 tokens: -1 is not the last one."""
+    logits, tokens = case()
+    tokens[0, 0] = token
+    assert jnp.isnan(next_token_loss(jnp.array(logits), jnp.array(tokens)))
 
 
 def test_bits_per_byte():

@@ -112,6 +112,30 @@ def test_distillation_compares_the_same_positions():
     assert prophet_distillation_loss(pair, shifted) > 0.1
 
 
+def test_losses_without_padding():
+    """Of a row that ends early, what a shorter row has, whatever its padding is."""
+    pair, tokens = random_pair(CONFIG), jnp.asarray(TOKENS)[:1]
+    mask = jnp.arange(tokens.shape[1])[None] < 9
+    padded = jnp.where(mask, tokens, 3)
+    masked, short = uncached(pair, padded), uncached(pair, tokens[:, :9])
+    of_target, of_prophet = prophet_losses(pair, masked, jnp.where(mask, tokens, -100), mask_bt=mask)
+    np.testing.assert_allclose(of_target, prophet_losses(pair, short, tokens[:, :9])[0], rtol=1e-5)
+    # Windows of 5 predictions from hidden states at 2 or more: by hand, those that end in the padding in part.
+    next_tokens, counted = pair.windows(tokens[:, 1:]), np.asarray(pair.windows(mask[:, 1:]))
+    log_probs = np.asarray(jax.nn.log_softmax(masked.prophet_logits))
+    surprise = -np.take_along_axis(log_probs, np.asarray(next_tokens)[..., None], -1)[..., 0]
+    assert 0 < counted.sum() < counted.size
+    np.testing.assert_allclose(of_prophet, surprise[counted].mean(), rtol=1e-5)
+    target_log_probs = np.asarray(jax.nn.log_softmax(pair.windows(masked.logits)))
+    divergence = (np.exp(target_log_probs) * (target_log_probs - log_probs)).sum(-1)
+    of_distillation = prophet_distillation_loss(pair, masked, mask_bt=mask)
+    np.testing.assert_allclose(of_distillation, divergence[counted].mean(), rtol=1e-5)
+    with pytest.raises(ValueError, match="mask must be"):
+        prophet_losses(pair, masked, padded, mask_bt=mask[:, 1:])
+    with pytest.raises(ValueError, match="mask must be"):
+        prophet_distillation_loss(pair, masked, mask_bt=mask[:, 1:])
+
+
 @pytest.mark.parametrize("detach", [False, True])
 def test_detaching_stops_the_prophets_loss_at_the_target(detach: bool):
     pair, tokens = random_pair(CONFIG, detach_target_hiddens=detach), jnp.asarray(TOKENS)

@@ -9,7 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from spec_jax import Drafter, Sampling, SmallModel, base_decoding, decoding, speculative_decoding, stream
@@ -166,6 +168,20 @@ def test_all_that_is_cut():
     feed_forward: Any = decoder_shardings(transformer(0), mesh).blocks[0].feed_forward
     assert place(feed_forward.up.kernel).spec == jax.sharding.PartitionSpec(None, "model")
     assert place(feed_forward.down.kernel).spec == jax.sharding.PartitionSpec("model")
+
+
+def test_optimiser_states_and_other_models():
+    """What has fewer axes than its weight, as Adafactor's means, and what is no decoder's, however it is called."""
+    mesh = mesh_of({"data": 1, "model": 2})
+    weights: Any = transformer(0)
+    state = optax.adafactor(1e-3, min_dim_size_to_factor=2).init(weights)
+    assert jax.tree.leaves(jax.device_put(state, decoder_shardings(state, mesh)))
+
+    class Other(nnx.Module):
+        def __init__(self) -> None:
+            self.down = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+
+    assert place(decoder_shardings(Other(), mesh).down.kernel).spec == PartitionSpec()
 
 
 def test_explicit_axes_are_refused():
