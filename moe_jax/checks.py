@@ -70,7 +70,7 @@ def array(name: str, value: Any) -> None:
 
 
 def floating(name: str, dtype: Any) -> None:
-    """Raises ValueError when `dtype` is no floating-point type."""
+    """Raises ValueError when `dtype` is no floating-point type, or one of fewer than 16 bits."""
     try:
         # None is float64 to NumPy.
         fits = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
@@ -78,13 +78,15 @@ def floating(name: str, dtype: Any) -> None:
         fits = False
     if not fits:
         raise ValueError(f"{name} must be floating point, got {dtype}")
+    if jnp.finfo(dtype).bits < 16:
+        raise ValueError(f"{name} must have 16 bits or more, got {dtype}")
 
 
 def floating_array(name: str, value: Any) -> jax.Array:
     """The array, as JAX's.
 
     Raises:
-      ValueError: it is none, or not floating point.
+      ValueError: it is none, or not floating point of 16 bits or more.
     """
     array(name, value)
     floating(name, value.dtype)

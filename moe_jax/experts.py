@@ -215,6 +215,8 @@ class Experts(nnx.Module):
         """Rows sorted by expert, `sizes_e` each: (S, D) to (S, D). Rows beyond the last expert's are undefined."""
         x_sd = floating_array("x", x_sd)
         array("sizes_e", sizes_e)
+        if x_sd.ndim != 2:
+            raise ValueError(f"x must be (S, D), got {x_sd.shape}")
         if sizes_e.ndim != 1 or not jnp.issubdtype(sizes_e.dtype, jnp.integer):
             raise ValueError(f"sizes_e must be (E,) integers, got {sizes_e.shape} {sizes_e.dtype}")
         self._check(len(sizes_e), x_sd)

@@ -19,7 +19,7 @@ from moe_jax.losses import Metrics, RouterTotals, balance_loss, metrics, router_
 from moe_jax.noise import RouterNoise, draw_noise
 from moe_jax.parallel import mix_over_mesh, placement
 from moe_jax.router_bias import RouterBias
-from moe_jax.routing import Choice, RouterInputs, Routing
+from moe_jax.routing import Choice, RouterInputs, Routing, chosen
 from moe_jax.slots import TokenGroups, assign_slots, token_groups
 
 
@@ -168,7 +168,7 @@ class MoE(nnx.Module):
 
     def route(self, inputs: RouterInputs, *, sequence_length: int, train: bool) -> tuple[Choice, Routing]:
         """What the tokens ask for, and what they get, where they are all tokens there are."""
-        choice = self.config.router.choose(inputs, train=train)
+        choice = chosen(self.config.router, inputs, train=train)
         groups = token_groups(inputs.mask_t, sequence_length, self.config.group_size)
         return choice, self.assign(choice, groups, train=train)
 
@@ -186,7 +186,10 @@ class MoE(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Hidden states over their root mean square, times a learned scale `scale_d` (D,). At least float32 inside."""
+    """Hidden states over their root mean square, times a learned scale `scale_d` (D,). At least float32 inside.
+
+    As in the original, over the square root of D times their norm, which counts as 1e-12 where it is less.
+    """
 
     def __init__(self, dim: int, *, param_dtype: jnp.dtype | type = jnp.float32) -> None:
         whole("dim", dim, 1)
@@ -199,7 +202,8 @@ class RMSNorm(nnx.Module):
         if x.shape[-1:] != self.scale_d.shape:
             raise ValueError(f"x must be (..., {len(self.scale_d)}), got {x.shape}")
         wide = at_least_float32(x)
-        normal = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + 1e-12)
+        squares = jnp.square(wide).sum(-1, keepdims=True)
+        normal = wide * (jax.lax.rsqrt(jnp.maximum(squares, 1e-24)) * x.shape[-1] ** 0.5)
         scale = self.scale_d[...].reshape((1,) * (x.ndim - 1) + (-1,))
         return (normal * scale).astype(x.dtype)
 

@@ -37,7 +37,7 @@ from moe_jax.exchange import Exchange, ExchangedExperts
 from moe_jax.experts import Experts
 from moe_jax.losses import RouterTotals
 from moe_jax.noise import RouterNoise
-from moe_jax.routing import Choice, RouterInputs, Routing
+from moe_jax.routing import Choice, RouterInputs, Routing, chosen
 from moe_jax.slots import TokenGroups, assign_slots, token_groups
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def mix_over_mesh(
         moe = on_every_device(moe, where)
 
         def route(inputs: RouterInputs) -> tuple[Choice, Routing]:
-            choice = moe.config.router.choose(inputs, train=train)
+            choice = chosen(moe.config.router, inputs, train=train)
             if local_group is None:
                 routing = _route_among_all(where, moe, choice, groups, most_groups=most_groups, train=train)
             else:

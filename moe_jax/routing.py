@@ -126,6 +126,22 @@ class Router(abc.ABC):
         """Candidates, gates and probabilities of every token."""
 
 
+def chosen(router: Router, inputs: RouterInputs, *, train: bool) -> Choice:
+    """What a router chooses.
+
+    Raises:
+      ValueError: something of another shape than its `num_choices` says.
+    """
+    choice = router.choose(inputs, train=train)
+    tokens, num_experts = inputs.logits_te.shape
+    by_choice = tokens, router.num_choices(num_experts)
+    for field in dataclasses.fields(choice):
+        wanted = {"first_expert_t": (tokens,), "probs_te": (tokens, num_experts)}.get(field.name, by_choice)
+        if (got := getattr(choice, field.name).shape) != wanted:
+            raise ValueError(f"router must give {field.name} {wanted}, as its num_choices says, got {got}")
+    return choice
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TopN(Router):
     """Each token's n best experts: the first always, the others by a policy on their normalised gates.

@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.checks import instance
+from moe_jax.checks import instance, whole
 from moe_jax.config import MoEConfig
 from moe_jax.experts import FeedForward
 from moe_jax.layer import MoE
@@ -15,8 +15,9 @@ from moe_jax.routing import TopN
 def upcycle(feed_forward: FeedForward, num_experts: int, *, rngs: nnx.Rngs, **options: Any) -> MoE:
     """An `MoE` in which every expert is a copy of a dense layer, so that at step 0 it computes what that layer does.
 
-    The gates of a token must sum to 1 for that: the default is top-2 with policy "all", dispatched by "ragged".
-    Policies that leave out second choices and capacities that drop give up the equality where they bite.
+    The gates of a token must sum to 1 for that: the default is top-2 (top-1 for a single expert) with policy "all",
+    dispatched by "ragged". Policies that leave out second choices and capacities that drop give up the equality where
+    they bite.
 
     Args:
       feed_forward: the dense layer; its weights are copied.
@@ -31,7 +32,9 @@ def upcycle(feed_forward: FeedForward, num_experts: int, *, rngs: nnx.Rngs, **op
     Source: Komatsuzaki et al. 2212.05055 (sparse upcycling).
     """
     instance("feed_forward", feed_forward, FeedForward)
-    defaults = {"router": TopN(policy_train="all", policy_eval="all"), "dispatch": "ragged"}
+    whole("num_experts", num_experts, 1)
+    router = TopN(n=min(2, num_experts), policy_train="all", policy_eval="all")
+    defaults = {"router": router, "dispatch": "ragged"}
     dim, hidden_twice = feed_forward.w_in_df.shape
     inherited = {
         "dim": dim,
@@ -44,8 +47,9 @@ def upcycle(feed_forward: FeedForward, num_experts: int, *, rngs: nnx.Rngs, **op
     if twice := sorted((inherited.keys() | {"hidden_mult"}) & options.keys()):
         raise ValueError(f"options must leave to the dense layer what it determines, got {', '.join(twice)}")
     config = MoEConfig(num_experts=num_experts, **inherited, **(defaults | options))
-    if not isinstance(config.router, TopN) or config.router.n == 1:
-        raise ValueError(f"router must be TopN with n of at least 2 (gates that sum to 1), got {config.router}")
+    router, single = config.router, num_experts == 1
+    if not isinstance(router, TopN) or (router.n == 1 and not (single and router.score == "softmax")):
+        raise ValueError(f"router must be TopN with n of at least 2 (gates that sum to 1), got {router}")
     if config.num_shared_experts:
         raise ValueError(f"num_shared_experts must be 0, got {config.num_shared_experts}")
     moe = MoE(config, rngs=rngs)

@@ -1,5 +1,6 @@
 """Every refused argument, with what the message says."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
 
 from moe_jax import (
     Choice,
@@ -259,6 +261,14 @@ def slots_of_five_tokens(*, grouped: int = 5, **changes: Any) -> Routing:
             lambda: Experts(2, 8, 10, rngs=nnx.Rngs(0)).batched(jnp.ones((2, 3, 8), jnp.int32)),
             "x must be floating point, got int32",
         ),
+        (
+            lambda: Experts(2, 8, 10, rngs=nnx.Rngs(0)).grouped(jnp.ones((2, 3, 8)), jnp.ones(2, jnp.int32)),
+            r"x must be \(S, D\), got \(2, 3, 8\)",
+        ),
+        (
+            lambda: layer()(hidden_states(2, 8).astype(jnp.float8_e4m3fn), train=False),
+            "x must have 16 bits or more, got",
+        ),
         (lambda: RMSNorm(8)(jnp.ones((2, 8), jnp.int32)), "x must be floating point, got int32"),
         (lambda: RMSNorm(8)(jnp.ones((2, 1))), r"x must be \(\.\.\., 8\), got \(2, 1\)"),
         (lambda: RMSNorm(8)(anything([0.0] * 8)), "x must be an array, got a list"),
@@ -309,6 +319,29 @@ def test_refused(make: Callable[[], object], message: str):
 def test_a_router_without_a_choice_of_its_own_is_refused():
     with pytest.raises(TypeError, match=r"abstract class Router .*choose.*num_choices"):
         anything(Router)()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Unreliable(TopN):
+    """Chooses two, whatever it says."""
+
+    says: int
+
+    def num_choices(self, num_experts: int) -> int:
+        return self.says
+
+
+def test_a_router_that_chooses_others_than_it_says_is_refused():
+    """On a mesh, as many rows are sent as it says."""
+    x = hidden_states(1, 4, 8)
+    assert layer(router=Unreliable(says=2))(x, train=False).outputs.shape == x.shape
+    for devices in (1, 2):
+        moe = layer(router=Unreliable(says=1))
+        with (
+            jax.set_mesh(jax.make_mesh((devices,), ("expert",), axis_types=(AxisType.Auto,))),
+            pytest.raises(ValueError, match=r"router must give expert_index_ta \(\d, 1\), .*, got \(\d, 2\)"),
+        ):
+            moe(x, train=False)
 
 
 def test_no_key_is_needed_where_nothing_is_random():

@@ -104,6 +104,15 @@ def test_numpy_arrays_of_float64_are_taken_as_jax_takes_them():
     assert {out.dtype for out in outputs()} == {jnp.dtype(jnp.float32)}
 
 
+@pytest.mark.parametrize("scale", [1e-15, 1e-11, 1e-6, 1.0, 1e15])
+def test_the_norm_is_the_originals_for_small_and_large_inputs(scale: float):
+    """x · √D over its norm, or over 1e-12 where the norm is less (torch.nn.functional.normalize)."""
+    x = scale * hidden_states(3, 64).astype(jnp.float32)
+    exact = np.asarray(x, np.float64)
+    norm = np.sqrt(np.square(exact).sum(-1, keepdims=True))
+    np.testing.assert_allclose(RMSNorm(64)(x), exact * 8 / np.maximum(norm, 1e-12), rtol=1e-5)
+
+
 def test_bfloat16_is_normed_in_float32():
     x, norm = hidden_states(50, 64).astype(jnp.bfloat16), RMSNorm(64)
     np.testing.assert_array_equal(norm(x), norm(x.astype(jnp.float32)).astype(jnp.bfloat16))

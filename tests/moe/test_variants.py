@@ -122,6 +122,14 @@ def test_upcycled_layer_equals_the_dense_one(bias: bool, dispatch: str):
     assert dense.w_in_df[...].max() < 1
 
 
+def test_a_single_expert_can_be_upcycled():
+    dense = FeedForward(8, 10, rngs=nnx.Rngs(3), init="original")
+    x = hidden_states(2, 12, 8)
+    np.testing.assert_allclose(apply(upcycle(dense, 1, rngs=nnx.Rngs(4)), x, train=False).outputs, dense(x), atol=1e-6)
+    with pytest.raises(ValueError, match="router must be TopN with n of at least 2"):
+        upcycle(dense, 1, rngs=nnx.Rngs(4), router=TopN(n=1, score="sigmoid"))
+
+
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_upcycled_layer_equals_the_dense_one_however_sure_the_router_is(score: Score):
     dense = FeedForward(8, 10, rngs=nnx.Rngs(3), init="original")
