@@ -191,8 +191,8 @@ def _mean(nats_bt: jax.Array, mask_bt: jax.Array | None) -> jax.Array:
 
 def _surprise(logits_btv: jax.Array, tokens_bt: jax.Array) -> jax.Array:
     """(B, T) −log p(token); NaN where there is no such token."""
-    # A negative index would count from the end.
-    tokens_bt = jnp.where(tokens_bt < 0, logits_btv.shape[-1], tokens_bt)
+    # A negative index would count from the end; an int8 may not hold V.
+    tokens_bt = jnp.where(tokens_bt < 0, logits_btv.shape[-1], tokens_bt.astype(jnp.int32))
     token_logits_bt = jnp.take_along_axis(logits_btv, tokens_bt[:, :, None], axis=-1)[:, :, 0]
     return jax.nn.logsumexp(logits_btv, axis=-1) - token_logits_bt
 

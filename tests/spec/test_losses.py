@@ -102,12 +102,17 @@ def test_nothing_counted_is_zero():
     assert distillation_loss(jnp.array(logits), jnp.array(logits) + 1, mask_bt=nothing) == 0
 
 
-@pytest.mark.parametrize("token", [-100, -1, 7])
-def test_a_token_that_there_is_not_has_no_loss(token: int):
-    """Of 7 tokens: -1 is not the last one."""
-    logits, tokens = case()
-    tokens[0, 0] = token
-    assert jnp.isnan(next_token_loss(jnp.array(logits), jnp.array(tokens)))
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.int32])
+@pytest.mark.parametrize("token", [-100, -1, 300])
+def test_a_token_that_there_is_not_has_no_loss(token: int, dtype: type):
+    """Of 256 tokens: -1 is not the last one."""
+    logits, tokens = case(vocab=256)
+    tokens = tokens % 100
+    known = next_token_loss(jnp.array(logits), jnp.array(tokens, dtype))
+    np.testing.assert_allclose(known, reference(logits, tokens).mean(), rtol=1e-5)
+    if token <= jnp.iinfo(dtype).max:
+        tokens[0, 0] = token
+        assert jnp.isnan(next_token_loss(jnp.array(logits), jnp.array(tokens, dtype)))
 
 
 def test_bits_per_byte():
