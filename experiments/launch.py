@@ -24,7 +24,7 @@ from contextlib import suppress
 
 from experiments.checks import at_least
 from experiments.command_line import given_config
-from experiments.start import not_ignored
+from experiments.start import answered
 
 # Where `runtime.start_processes` finds the other processes. JAX reads the first of these itself.
 COORDINATOR = "JAX_COORDINATOR_ADDRESS"
@@ -91,7 +91,7 @@ def launch(config: LaunchConfig, command: Sequence[str]) -> int:
         for process in processes:
             _signal(process, number)
 
-    forwarded = not_ignored(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    forwarded = answered(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     previous = {number: signal.signal(number, forward) for number in forwarded}
     with tempfile.TemporaryDirectory() as folder:
         logs = [pathlib.Path(folder, str(index)) for index in range(config.processes)]

@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from rich.console import Console
 
-from experiments.start import not_ignored
+from experiments.start import answered
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
@@ -34,7 +34,7 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 @contextmanager
 def ended_by_interrupt() -> Iterator[None]:
     """While entered, SIGINT ends the process unless ignored, for waits in which Python runs no handler."""
-    if threading.current_thread() is not threading.main_thread() or not not_ignored(signal.SIGINT):
+    if threading.current_thread() is not threading.main_thread() or not answered(signal.SIGINT):
         yield
         return
     previous = signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -68,7 +68,7 @@ class StopRequest:
         reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        for number in not_ignored(signal.SIGINT, signal.SIGTERM):
+        for number in answered(signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, lambda *_: None)
         threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
         return self

@@ -27,7 +27,7 @@ def restart_with_huge_pages() -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def not_ignored(*numbers: signal.Signals) -> list[signal.Signals]:
+def answered(*numbers: signal.Signals) -> list[signal.Signals]:
     """Those that a script answers: one ignored where it started, as `nohup` and `&` in a script have it, stays so."""
     return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
 
