@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib
 import json
 import pathlib
+import time
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.summary import scalar
 
 FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -47,7 +50,12 @@ class Metrics:
         kept.write_text("".join(json.dumps(record) + "\n" for record in records))
         kept.replace(path)
         self._lines = path.open("a")
-        self._tensorboard = SummaryWriter(str(output / TENSORBOARD), purge_step=first_step + 1 if first_step else None)
+        folder = output / TENSORBOARD
+        folder.mkdir(exist_ok=True)
+        # Not a `SummaryWriter`: its thread writes some time later, and a kill would lose what is before a checkpoint.
+        self._tensorboard = EventsWriter(str(folder / "events"))
+        if first_step:
+            self._show(first_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def __enter__(self) -> Metrics:
         return self
@@ -61,17 +69,17 @@ class Metrics:
             self._wandb.finish()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """One record: the numbers known after `step` steps."""
+        """One record: the numbers known after `step` steps. In the files when this returns."""
         self._lines.write(json.dumps({"step": step, **values}) + "\n")
         self._lines.flush()
         for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
+            self._show(step, summary=scalar(name, value))
+        self._tensorboard.flush()
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
 
-    def flush(self) -> None:
-        """Returns when all records are in the files: a run that goes on from a checkpoint writes no earlier ones."""
-        self._tensorboard.flush()
+    def _show(self, step: int, **content: Any) -> None:
+        self._tensorboard.write_event(Event(wall_time=time.time(), step=step, **content))
 
 
 def read_metrics(output: pathlib.Path | str) -> list[dict[str, float]]:

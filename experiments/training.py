@@ -208,8 +208,6 @@ class _Loop:
             tokens_bt = next(iter(self.validation_batches(1)))
             loss = float(self.evaluate_fn(state.models, tokens_bt)[0])
             self.require_finite(loss, f"the validation loss after step {done}")
-            if self.to.metrics is not None:
-                self.to.metrics.flush()
             self.to.checkpoints.save(done, state_parts(state), self.job.configuration, self.window)
         self.saved = done
 

@@ -128,15 +128,30 @@ def test_a_kill_loses_no_record_from_before_a_checkpoint(tmp_path, monkeypatch: 
         assert sorted(got) == sorted(expected)
 
 
-def scalars_in(events: bytes) -> list[tuple[str, int]]:
-    """Name and step of every one, from records that have 12 bytes before and 4 behind them."""
-    found, at = [], 0
-    while at < len(events):
-        (length,) = struct.unpack_from("<Q", events, at)
-        event = Event.FromString(events[at + 12 : at + 12 + length])
-        found += [(value.tag, event.step) for value in event.summary.value]
+def test_tensorboard_is_told_what_a_resumed_run_repeats(tmp_path):
+    """From the step after the checkpoint on, it forgets what is in earlier files."""
+    for first_step in (0, 3):
+        (folder := tmp_path / str(first_step)).mkdir()
+        with Metrics(folder, first_step=first_step) as written:
+            written.write(first_step + 1, {"train/loss": 3.0})
+        (file,) = (folder / metrics.TENSORBOARD).iterdir()
+        begun = [event for event in events_in(file.read_bytes()) if event.HasField("session_log")]
+        assert [(event.step, event.session_log.status) for event in begun] == ([(4, 1)] if first_step else [])
+        assert scalars_in(file.read_bytes()) == [("train/loss", first_step + 1)]
+
+
+def events_in(content: bytes) -> Iterator[Any]:
+    """Those of a TensorBoard file: records that have 12 bytes before and 4 behind them."""
+    at = 0
+    while at < len(content):
+        (length,) = struct.unpack_from("<Q", content, at)
+        yield Event.FromString(content[at + 12 : at + 12 + length])
         at += length + 16
-    return found
+
+
+def scalars_in(content: bytes) -> list[tuple[str, int]]:
+    """Name and step of every one."""
+    return [(value.tag, event.step) for event in events_in(content) for value in event.summary.value]
 
 
 def test_weights_and_biases_gets_every_record(tmp_path, monkeypatch: pytest.MonkeyPatch):
