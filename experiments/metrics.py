@@ -55,7 +55,7 @@ class Metrics:
         # Not a `SummaryWriter`: its thread writes some time later, and a kill would lose what is before a checkpoint.
         self._tensorboard = EventsWriter(str(folder / "events"))
         if first_step:
-            self._show(first_step + 1, session_log=SessionLog(status=SessionLog.START))
+            self._to_tensorboard(first_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def __enter__(self) -> Metrics:
         return self
@@ -73,12 +73,12 @@ class Metrics:
         self._lines.write(json.dumps({"step": step, **values}) + "\n")
         self._lines.flush()
         for name, value in values.items():
-            self._show(step, summary=scalar(name, value))
+            self._to_tensorboard(step, summary=scalar(name, value))
         self._tensorboard.flush()
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
 
-    def _show(self, step: int, **content: Any) -> None:
+    def _to_tensorboard(self, step: int, **content: Any) -> None:
         self._tensorboard.write_event(Event(wall_time=time.time(), step=step, **content))
 
 

@@ -160,8 +160,9 @@ class _Loop:
             self.require_finite(values["loss"], f"the loss of step {step + 1}")
             self.window.append(values)
             self.timed_steps += step > self.first
-            if (step + 1) % self.config.log_every == 0 or step + 1 == self.config.steps:
-                self.log(step + 1)
+            done = step + 1
+            if done % self.config.log_every == 0 or done == self.config.steps:
+                self.log(done)
 
     def log(self, done: int) -> None:
         means = {name: float(np.mean([values[name] for values in self.window])) for name in self.window[0]}

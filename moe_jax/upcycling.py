@@ -33,8 +33,7 @@ def upcycle(feed_forward: FeedForward, num_experts: int, *, rngs: nnx.Rngs, **op
     """
     instance("feed_forward", feed_forward, FeedForward)
     whole("num_experts", num_experts, 1)
-    router = TopN(n=min(2, num_experts), policy_train="all", policy_eval="all")
-    defaults = {"router": router, "dispatch": "ragged"}
+    defaults = {"router": TopN(n=min(2, num_experts), policy_train="all", policy_eval="all"), "dispatch": "ragged"}
     dim, hidden_twice = feed_forward.w_in_df.shape
     inherited = {
         "dim": dim,
@@ -47,8 +46,9 @@ def upcycle(feed_forward: FeedForward, num_experts: int, *, rngs: nnx.Rngs, **op
     if twice := sorted((inherited.keys() | {"hidden_mult"}) & options.keys()):
         raise ValueError(f"options must leave to the dense layer what it determines, got {', '.join(twice)}")
     config = MoEConfig(num_experts=num_experts, **inherited, **(defaults | options))
-    router, single = config.router, num_experts == 1
-    if not isinstance(router, TopN) or (router.n == 1 and not (single and router.score == "softmax")):
+    router = config.router
+    # With a single choice the gate is its score: 1 for the only expert of a softmax.
+    if not isinstance(router, TopN) or (router.n == 1 and (num_experts > 1 or router.score != "softmax")):
         raise ValueError(f"router must be TopN with n of at least 2 (gates that sum to 1), got {router}")
     if config.num_shared_experts:
         raise ValueError(f"num_shared_experts must be 0, got {config.num_shared_experts}")

@@ -66,7 +66,7 @@ def checked_drafter(target: LanguageModel, drafter: Drafter, verification: str, 
         )
     rule = checked_rule(verification)
     _check_known("lenience", lenience)
-    if isinstance(lenience, jax.Array) and not isinstance(lenience, Tracer) and lenience.ndim == 0:
+    if isinstance(lenience, jax.Array) and lenience.ndim == 0:
         lenience = lenience.item()
     kind = float | int | np.number
     # As a float32, which the smallest float64s are 0 in.
@@ -96,22 +96,22 @@ def checked_sampling(sampling: Any) -> Sampling:
     Raises:
       ValueError: it is none, or has a value outside its range.
     """
-    _check_known("top_k", getattr(sampling, "top_k", None))
     if not isinstance(sampling, Sampling):
         raise ValueError(f"sampling must be a spec_jax.Sampling, got {sampling!r}")
+    _check_known("top_k", sampling.top_k)
     return sampling.checked()
 
 
 def check_not_traced(**arguments: Any) -> None:
     """Raises ValueError where an argument, or an array in it, is traced."""
     for name, value in arguments.items():
-        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value)):
+        if _is_traced(value):
             raise ValueError(f"{name} must be known on the host, where a stream's rounds go, got it traced")
 
 
 def check_outside_traces(made: Any) -> None:
     """Raises ValueError where an array that was made just now is traced: of known arguments, then, in a trace."""
-    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(made)):
+    if _is_traced(made):
         raise ValueError("stream must be called outside of jax.jit and its like, for its rounds go on the host")
 
 
@@ -213,8 +213,13 @@ def checked_size(cache_size: int | None, *, width: int, max_new_tokens: int, gam
     return size
 
 
+def _is_traced(value: Any) -> bool:
+    """Whether anything in it is."""
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value))
+
+
 def _check_known(name: str, value: Any) -> None:
-    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value)):
+    if _is_traced(value):
         raise ValueError(
             f"{name} must be known on the host: only weights, key, temperature, top_p and min_p may be traced, "
             f"got {value}"

@@ -38,7 +38,7 @@ def next_token_loss(logits_btv: jax.Array, next_tokens_bt: jax.Array, *, mask_bt
     _check_mask(mask_bt, expected)
     if mask_bt is not None:
         next_tokens_bt = jnp.where(mask_bt, next_tokens_bt, 0)
-    return _mean(_surprise(_counted(logits_btv, mask_bt), next_tokens_bt), mask_bt)
+    return _counted_mean(_surprise(_counted_logits(logits_btv, mask_bt), next_tokens_bt), mask_bt)
 
 
 def distillation_loss(
@@ -67,12 +67,14 @@ def distillation_loss(
             f"got {draft_logits_btv.shape} and {target_logits_btv.shape}"
         )
     _check_mask(mask_bt, draft_logits_btv.shape[:2])
-    target_log_probs_btv = jax.nn.log_softmax(_counted(jax.lax.stop_gradient(target_logits_btv), mask_bt), axis=-1)
-    draft_log_probs_btv = jax.nn.log_softmax(_counted(draft_logits_btv, mask_bt), axis=-1)
+    target_log_probs_btv = jax.nn.log_softmax(
+        _counted_logits(jax.lax.stop_gradient(target_logits_btv), mask_bt), axis=-1
+    )
+    draft_log_probs_btv = jax.nn.log_softmax(_counted_logits(draft_logits_btv, mask_bt), axis=-1)
     # What is impossible adds nothing, however impossible it is to the draft.
     possible_btv = target_log_probs_btv != -jnp.inf
     difference_btv = jnp.where(possible_btv, target_log_probs_btv - draft_log_probs_btv, 0.0)
-    return _mean((jnp.exp(target_log_probs_btv) * difference_btv).sum(-1), mask_bt)
+    return _counted_mean((jnp.exp(target_log_probs_btv) * difference_btv).sum(-1), mask_bt)
 
 
 def early_exit_logits(
@@ -176,13 +178,13 @@ def _next_mask(pair: ModelWithProphet, mask_bt: jax.Array | None) -> tuple[jax.A
     return next_bt, _joined(pair.windows(next_bt))
 
 
-def _counted(logits_btv: jax.Array, mask_bt: jax.Array | None) -> jax.Array:
+def _counted_logits(logits_btv: jax.Array, mask_bt: jax.Array | None) -> jax.Array:
     """As float32, 0 where nothing counts: masked after the logarithm, 0 · inf in a gradient would be NaN."""
     logits_btv = logits_btv.astype(jnp.float32)
     return logits_btv if mask_bt is None else jnp.where(mask_bt[:, :, None], logits_btv, 0.0)
 
 
-def _mean(nats_bt: jax.Array, mask_bt: jax.Array | None) -> jax.Array:
+def _counted_mean(nats_bt: jax.Array, mask_bt: jax.Array | None) -> jax.Array:
     """Over the counted positions."""
     if mask_bt is None:
         return nats_bt.mean()

@@ -60,10 +60,11 @@ def decoder_shardings(model: Tree, mesh: Mesh) -> Tree:
 
     def sharding(path: tuple[Any, ...], weight: Any) -> NamedSharding:
         found = BLOCKS_WEIGHT.search(jax.tree_util.keystr(path, simple=True, separator="."))
-        axis = CUT[found["end"]] if found else 0
-        # An optimiser's state may have fewer axes.
-        if found and size > 1 and axis < weight.ndim and weight.shape[axis] % size == 0:
-            return NamedSharding(mesh, PartitionSpec(*[None] * axis, MODEL))
+        if found and size > 1:
+            axis = CUT[found["end"]]
+            # An optimiser's state may have fewer axes.
+            if axis < weight.ndim and weight.shape[axis] % size == 0:
+                return NamedSharding(mesh, PartitionSpec(*[None] * axis, MODEL))
         return NamedSharding(mesh, PartitionSpec())
 
     return jax.tree_util.tree_map_with_path(sharding, model)

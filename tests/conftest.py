@@ -63,7 +63,7 @@ def programs_of_a_module(request: pytest.FixtureRequest):
 @pytest.fixture(autouse=True)
 def dtypes_of_a_test(request: pytest.FixtureRequest):
     """Mixed by nothing in the libraries; optax does, and flax's norm of bfloat16."""
-    mixed = "experiments" in request.module.__name__ or request.node.get_closest_marker("mixed_dtypes")
+    mixed = request.module.__name__.startswith("tests.experiments.") or request.node.get_closest_marker("mixed_dtypes")
     with jax.numpy_dtype_promotion("standard" if mixed else "strict"):
         yield
 
