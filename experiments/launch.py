@@ -119,6 +119,9 @@ def launch(config: LaunchConfig, command: Sequence[str]) -> int:
             if index and code not in asked:
                 lines = logs[index].read_text(errors="replace").splitlines()[-LINES_SHOWN:]
                 print(f"process {index} ended first, exit code {code}:", *lines, sep="\n  ", file=sys.stderr)
+        if any(code > 128 and code not in asked for code in codes.values()):
+            # It was killed, and could not say so itself.
+            print("a training run goes on from its last checkpoint with --resume", file=sys.stderr)
         return next(iter(codes.values()))
 
 

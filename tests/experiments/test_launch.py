@@ -54,9 +54,17 @@ def test_process_0_is_shown():
 
 
 @pytest.mark.parametrize(
-    ("end", "code"), [("sys.exit(3)", 3), ("os.kill(os.getpid(), signal.SIGKILL)", 128 + signal.SIGKILL)]
+    ("end", "code", "hint"),
+    [
+        ("sys.exit(3)", 3, ""),
+        (
+            "os.kill(os.getpid(), signal.SIGKILL)",
+            128 + signal.SIGKILL,
+            "a training run goes on from its last checkpoint with --resume\n",
+        ),
+    ],
 )
-def test_the_first_to_fail_is_shown_and_gives_the_exit_code(end, code, tmp_path):
+def test_the_first_to_fail_is_shown_and_gives_the_exit_code(end, code, hint, tmp_path):
     program = (
         "print('I am', index)\nended = sys.argv[1] + '/ended'"
         f"\nif index == 2:\n open(ended, 'w')\n {end}"
@@ -67,7 +75,7 @@ def test_the_first_to_fail_is_shown_and_gives_the_exit_code(end, code, tmp_path)
     output, error = process.communicate(timeout=300)
     assert process.returncode == code
     assert output == "I am 0\n"
-    assert error == f"process 2 ended first, exit code {code}:\n  I am 2\n"
+    assert error == f"process 2 ended first, exit code {code}:\n  I am 2\n{hint}"
 
 
 def test_the_last_lines_of_many_are_shown():
