@@ -4,6 +4,7 @@
 
 Every script that trains a model works under it without further flags. Process 0 writes to this terminal; of the others
 the last lines are shown if they fail. Signals reach all of them, but one that is ignored, as `nohup` has it, none.
+If the launcher itself is killed, they stop as at SIGTERM, with a checkpoint.
 Accelerators of one machine need no launcher: one process drives them all.
 """
 
@@ -30,6 +31,8 @@ from experiments.start import answered
 COORDINATOR = "JAX_COORDINATOR_ADDRESS"
 PROCESSES = "JAX_NUM_PROCESSES"
 PROCESS_INDEX = "JAX_PROCESS_ID"
+# The launcher's own process. `runtime.start_processes` sees to it that none outlives it.
+LAUNCHER = "SPEC_JAX_LAUNCHER"
 # Exit codes of a program that has told the user why it ends.
 BAD_INPUT, NOT_FINITE = 2, 3
 
@@ -93,10 +96,11 @@ def launch(config: LaunchConfig, command: Sequence[str]) -> int:
 
     forwarded = answered(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     previous = {number: signal.signal(number, forward) for number in forwarded}
+    shared = {**os.environ, LAUNCHER: str(os.getpid())}
     with tempfile.TemporaryDirectory() as folder:
         logs = [pathlib.Path(folder, str(index)) for index in range(config.processes)]
         try:
-            for environment, log in zip(environments(config, os.environ), logs, strict=True):
+            for environment, log in zip(environments(config, shared), logs, strict=True):
                 processes.append(_start(command, environment, log if processes else None))
             for number, told in signals:
                 for process in processes[told:]:

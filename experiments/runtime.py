@@ -6,6 +6,8 @@ import logging
 import os
 import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable
 
@@ -15,7 +17,7 @@ from rich.text import Text
 
 from experiments.config import RunConfig
 from experiments.data import cache_folder
-from experiments.launch import BAD_INPUT, COORDINATOR, NOT_FINITE, PROCESS_INDEX, PROCESSES
+from experiments.launch import BAD_INPUT, COORDINATOR, LAUNCHER, NOT_FINITE, PROCESS_INDEX, PROCESSES
 from experiments.signals import ended_by_interrupt, interrupt
 from experiments.training import NonFiniteLossError
 
@@ -25,6 +27,8 @@ INTERRUPTED = 130
 # A process not heard of for so long is taken for dead, and JAX ends the others. Many deaths show earlier, as broken
 # connections; this finds the others, machines that are gone and processes that are stopped.
 HEARTBEAT_TIMEOUT_SECONDS = 30
+# How often a process looks whether its launcher is still there.
+LAUNCHER_SECONDS = 1
 
 
 def use_compilation_cache() -> None:
@@ -50,6 +54,7 @@ def start_processes(config: RunConfig) -> None:
         index = index if config.process_index is None else config.process_index
     elif processes is None:
         return
+    _end_with_launcher()
     # JAX would catch SIGTERM for a service of its own, before `StopRequest` and in scripts without one.
     jax.config.update("jax_enable_preemption_service", False)
     # Said before: when the time is over JAX aborts the process, with a message that does not tell what was waited for.
@@ -71,6 +76,24 @@ def start_processes(config: RunConfig) -> None:
             "coordinator, processes and process_index must be given, each process another index below their number, "
             f"where no cluster says them, got {coordinator}, {processes} and {index}"
         ) from error
+
+
+def _end_with_launcher() -> None:
+    """Sends this process SIGTERM when `experiments.launch`, which started it, is gone.
+
+    Killed, that could tell nobody, and the run would go on unseen, in the same folder as the one that is started next.
+    """
+    launcher = _integer(LAUNCHER)
+    # What was started by a program in between, or by hand, has another parent.
+    if launcher != os.getppid():
+        return
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(LAUNCHER_SECONDS)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _integer(variable: str) -> int | None:

@@ -1,15 +1,17 @@
-"""Runs of two processes, joined by `jax.distributed` and started without the launcher, which would end the second."""
+"""Runs of two processes, joined by `jax.distributed`, most started without the launcher, which would end the second."""
 
 import os
 import re
 import signal
 import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 
 from experiments import check_resume
+from experiments.checkpoints import has_checkpoint
 from experiments.launch import LaunchConfig, environments
 from experiments.metrics import read_metrics
 from tests.experiments.runs import tiny_config
@@ -177,3 +179,21 @@ def test_a_signal_to_one_process_stops_all(changes, tmp_path):
     assert codes == [128 + signal.SIGTERM] * 2, outputs
     assert "Stopped after step" in outputs[0]
     assert not (config.output / "report.json").exists()
+
+
+@pytest.mark.slow
+def test_processes_whose_launcher_is_killed_stop_with_a_checkpoint(tmp_path):
+    """Which else would go on in a folder that the next run writes to."""
+    # So many that they would not end in time, and would not run for ever.
+    config = tiny_config(tmp_path, steps=20_000, checkpoint_every=10**6, log_every=2, validate_every=10**6)
+    command = [sys.executable, "-m", "experiments.launch", "--", *check_resume.command(config), "--data", config.data]
+    with (tmp_path / "0.log").open("wb") as log:
+        processes = [subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)]
+    wait_until(lambda: read_metrics(config.output), processes, tmp_path)
+    processes[0].kill()
+    processes[0].wait()
+    deadline = time.monotonic() + SECONDS_TO_STOP
+    while "Stopped after step" not in (log := logs(processes, tmp_path)[0]):
+        assert time.monotonic() < deadline, log
+        time.sleep(0.1)
+    assert has_checkpoint(config.output)
