@@ -96,11 +96,11 @@ def launch(config: LaunchConfig, command: Sequence[str]) -> int:
 
     forwarded = answered(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     previous = {number: signal.signal(number, forward) for number in forwarded}
-    shared = {**os.environ, LAUNCHER: str(os.getpid())}
+    inherited = {**os.environ, LAUNCHER: str(os.getpid())}
     with tempfile.TemporaryDirectory() as folder:
         logs = [pathlib.Path(folder, str(index)) for index in range(config.processes)]
         try:
-            for environment, log in zip(environments(config, shared), logs, strict=True):
+            for environment, log in zip(environments(config, inherited), logs, strict=True):
                 processes.append(_start(command, environment, log if processes else None))
             for number, told in signals:
                 for process in processes[told:]:
@@ -119,12 +119,13 @@ def launch(config: LaunchConfig, command: Sequence[str]) -> int:
             # What the others said when they lost it would hide that.
             return codes[0]
         asked = {128 + number for number, _ in signals}
-        for index, code in codes.items():
-            if index and code not in asked:
+        unasked = {index: code for index, code in codes.items() if code not in asked}
+        for index, code in unasked.items():
+            if index:
                 lines = logs[index].read_text(errors="replace").splitlines()[-LINES_SHOWN:]
                 print(f"process {index} ended first, exit code {code}:", *lines, sep="\n  ", file=sys.stderr)
-        if any(code > 128 and code not in asked for code in codes.values()):
-            # It was killed, and could not say so itself.
+        # What a signal has ended could not say so itself.
+        if any(code > 128 for code in unasked.values()):
             print("a training run goes on from its last checkpoint with --resume", file=sys.stderr)
         return next(iter(codes.values()))
 

@@ -193,7 +193,7 @@ def test_processes_whose_launcher_is_killed_stop_with_a_checkpoint(tmp_path):
     processes[0].kill()
     processes[0].wait()
     deadline = time.monotonic() + SECONDS_TO_STOP
-    while "Stopped after step" not in (log := logs(processes, tmp_path)[0]):
-        assert time.monotonic() < deadline, log
+    while "Stopped after step" not in (text := logs(processes, tmp_path)[0]):
+        assert time.monotonic() < deadline, text
         time.sleep(0.1)
     assert has_checkpoint(config.output)
