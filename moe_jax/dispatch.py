@@ -98,7 +98,7 @@ def mixture(
         sizes = groups * routing.capacity
         where = layout(routing.expert_index_ta * sizes + routing.slot_ta, routing.keep_ta, num_experts * sizes)
     else:
-        sizes = routing.count_eg.sum(1)
+        sizes = routing.count_eg.sum(1, dtype=jnp.int32)
         where = layout(*sorted_rows(routing))
     return experts.mixed(x_td, sent(where, routing.gate_ta, weight_ta), sizes)
 

@@ -82,7 +82,7 @@ class Exchange:
         """The same routing with places for experts: of an expert's copies, a device always uses the same."""
         if self.places == self.num_experts:
             return routing
-        expert_e = np.arange(self.num_experts)
+        expert_e = np.arange(self.num_experts, dtype=np.int32)
         copies_e = jnp.asarray(-(-(self.places - expert_e) // self.num_experts))
         place_e = expert_e + self.num_experts * (jax.lax.axis_index(self.axis) % self.size % copies_e)
 
@@ -91,7 +91,7 @@ class Exchange:
 
         return dataclasses.replace(
             routing,
-            expert_index_ta=place_e.astype(jnp.int32)[routing.expert_index_ta],
+            expert_index_ta=place_e[routing.expert_index_ta],
             count_eg=by_place(routing.count_eg),
             available_eg=by_place(routing.available_eg),
         )
@@ -133,7 +133,8 @@ class ExchangedExperts(ExpertFunctions):
             rows=x_sd.shape[0],
             max_rows=min(x_sd.shape[0], self.max_rows),
         )
-        y_rd = self.local.grouped(ship(self.exchange, sizes, x_sd), sizes.received_gm.sum(0))
+        received_m = sizes.received_gm.sum(0, dtype=sizes.received_gm.dtype)
+        y_rd = self.local.grouped(ship(self.exchange, sizes, x_sd), received_m)
         return ship_back(self.exchange, sizes, y_rd)
 
     def mixed(self, x_td: jax.Array, sent: Sent, sizes: jax.Array | int) -> jax.Array:
@@ -206,10 +207,11 @@ def _by_platform(padded: Move, ragged: Move, exchange: Exchange, sizes: Sizes, x
 def _layouts(sizes: Sizes) -> tuple[Layout, Layout]:
     """From the buffer at home to one padded piece per destination, and from those that arrive to sorted rows."""
     rows, length = sizes.rows, sizes.max_rows
-    sent_g, start_g = sizes.sent_gm.sum(1), sizes.start_home_gm[:, 0]
+    start_g = sizes.start_home_gm[:, 0]
+    end_g = jnp.cumsum(sizes.sent_gm.sum(1), dtype=start_g.dtype)
     row_s = jnp.arange(rows, dtype=jnp.int32)
-    to_s = _pieces_before(start_g + sent_g, row_s)
-    used_s = row_s < sent_g.sum()
+    to_s = _pieces_before(end_g, row_s)
+    used_s = row_s < end_g[-1]
     outgoing = layout((to_s * length + row_s - start_g[to_s])[:, None], used_s[:, None], sizes.rows_away)
 
     end_gm = jnp.cumsum(sizes.received_gm, axis=1, dtype=sizes.received_gm.dtype)

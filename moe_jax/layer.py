@@ -163,7 +163,8 @@ class MoE(nnx.Module):
             straight_through=self.config.straight_through,
         )
         if self.shared is not None:
-            outputs_td = outputs_td + jnp.where(mask_t[:, None], self.shared(x_td), 0)
+            shared_td = jnp.where(mask_t[:, None], self.shared(x_td), 0)
+            outputs_td = outputs_td + shared_td.astype(outputs_td.dtype)
         return outputs_td.astype(x_td.dtype), router_totals(inputs.logits_te, choice, routing, mask_t)
 
     def route(self, inputs: RouterInputs, *, sequence_length: int, train: bool) -> tuple[Choice, Routing]:

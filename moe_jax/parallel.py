@@ -274,7 +274,7 @@ def _route_among_all(
     local_group = TokenGroups(group_t=everyone_t, count_g=jnp.full(1, local_tokens, jnp.int32), size=local_tokens)
     kept = dataclasses.replace(choice, wanted_ta=keep_ta)
     packed = assign_slots(kept, local_group, num_experts=moe.config.num_experts, capacity_factor=None)
-    available_e1 = among_all.available_eg.sum(1, keepdims=True)
+    available_e1 = among_all.available_eg.sum(1, keepdims=True, dtype=jnp.int32)
     return dataclasses.replace(
         packed,
         # Counted once, for the totals are summed over devices.

@@ -235,7 +235,7 @@ class TopN(Router):
         selection_te = at_least_float32(inputs.selection_logits_te)
         steered_te = jnp.exp(log_score(selection_te))
         if inputs.bias_e is not None:
-            selection_te = steered_te = steered_te + inputs.bias_e[None]
+            selection_te = steered_te = steered_te + inputs.bias_e[None].astype(steered_te.dtype)
         worth = partial(_worth_of_groups, self.score) if inputs.bias_e is None else partial(jnp.sum, axis=-1)
         reachable_te = within_best_groups(selection_te, self.expert_groups, self.expert_groups_kept, worth)
         limited_te = jnp.where(reachable_te, selection_te, -jnp.inf)

@@ -48,7 +48,6 @@ def float64_on_one_device() -> list[Results]:
     return results(float64_cases())
 
 
-@pytest.mark.mixed_dtypes
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_any_number_of_experts_on_any_mesh(shape: tuple[int, int]):

@@ -83,6 +83,20 @@ def test_float64_stays_float64():
         assert out.outputs.dtype == out.balance_loss.dtype == jnp.float64
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float64])
+@pytest.mark.parametrize(
+    "options", [{"num_shared_experts": 1}, {"router": TopN(score="sigmoid", bias=True)}], ids=["shared", "bias"]
+)
+def test_other_dtypes_are_mixed_by_nothing(options: dict[str, Any], dtype: jnp.dtype):
+    """Promotion is strict here."""
+    with jax.enable_x64(dtype == jnp.float64):
+        moe = MoE(config(param_dtype=dtype, **options), rngs=nnx.Rngs(0))
+        out, moe_bar, x_bar = jax.eval_shape(
+            outputs_and_gradients, moe, jnp.ones((2, 4, 8), dtype), key=jax.random.key(0)
+        )
+    assert out.outputs.dtype == moe_bar.experts.w_in_edf.dtype == x_bar.dtype == dtype
+
+
 def test_numpy_arrays_of_float64_are_taken_as_jax_takes_them():
     """Without a warning, too: here warnings are errors."""
     # Made beforehand: layers are kept for other tests, and one made in a trace would be of it.
