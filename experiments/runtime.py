@@ -84,8 +84,8 @@ def _end_with_launcher() -> None:
     Killed, that could tell nobody, and the run would go on unseen, in the same folder as the one that is started next.
     """
     launcher = _integer(LAUNCHER)
-    # What was started by a program in between, or by hand, has another parent.
-    if launcher != os.getppid():
+    # What was started by a program in between has another parent; so has what was still starting when it was killed.
+    if launcher is None or (launcher != os.getppid() and _exists(launcher)):
         return
 
     def watch() -> None:
@@ -94,6 +94,16 @@ def _end_with_launcher() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _exists(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _integer(variable: str) -> int | None:

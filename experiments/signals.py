@@ -52,7 +52,7 @@ class StopRequest:
     immediate, and a second SIGINT ends the process at once, with exit code 130.
 
     Attributes:
-      signal: number of the first signal received, or None.
+      signal: number of the first signal received, here or in another process (see `agreed`), or None.
     """
 
     def __init__(self, console: Console) -> None:
@@ -103,13 +103,17 @@ class StopRequest:
         return 0 if self.signal is None else 128 + self.signal
 
     def _listen(self, reader: socket.socket) -> None:
+        # Not `self.signal`, which may be another process's: the first that comes here is not a second Ctrl-C.
+        told = False
         with reader:
             while received := reader.recv(1):
                 number = received[0]
                 if number not in (signal.SIGINT, signal.SIGTERM):
                     continue
-                if self.signal is None:
-                    self.signal = number
-                    self._console.print("[yellow]Stopping after this step, with a checkpoint. Ctrl-C ends at once.")
-                elif number == signal.SIGINT:
-                    os._exit(128 + number)
+                if told:
+                    if number == signal.SIGINT:
+                        os._exit(128 + number)
+                    continue
+                told = True
+                self.signal = self.signal or number
+                self._console.print("[yellow]Stopping at the end of a step, with a checkpoint. Ctrl-C ends at once.")

@@ -28,6 +28,8 @@ from spec_jax.losses import bits_per_byte
 
 # Losses are looked at this many steps late, so that the device never waits for the host.
 LAG = 3
+# Steps after which processes ask each other for signals, if not before: it costs them a wait.
+MOST_STEPS_UNASKED = 10
 
 
 class NonFiniteLossError(ValueError):
@@ -229,7 +231,7 @@ class _Loop:
 
     def asked_to_stop(self, done: int) -> bool:
         """Whether to stop now. All processes must agree, and asking the others costs a wait."""
-        if jax.process_count() > 1 and done % self.config.log_every:
+        if jax.process_count() > 1 and done % min(self.config.log_every, MOST_STEPS_UNASKED):
             return False
         return self.to.stop.agreed() is not None
 

@@ -12,8 +12,9 @@ import pytest
 
 from experiments import check_resume
 from experiments.checkpoints import has_checkpoint
-from experiments.launch import LaunchConfig, environments
+from experiments.launch import LAUNCHER, LaunchConfig, environments
 from experiments.metrics import read_metrics
+from experiments.training import MOST_STEPS_UNASKED
 from tests.experiments.runs import tiny_config
 
 STEPS = 24
@@ -165,9 +166,10 @@ def test_a_process_that_never_joins_ends_the_other(tmp_path):
     "changes",
     [
         {"steps": 10**6, "log_every": 2, "validate_every": 10**6},
-        {"steps": 60, "log_every": 1000, "validate_every": 20},
+        {"steps": 10**6, "log_every": 10**6, "validate_every": 30},
+        {"steps": MOST_STEPS_UNASKED - 1, "log_every": 1000, "validate_every": 3, "validation_batches": 300},
     ],
-    ids=["in training", "after the last step at which they ask each other"],
+    ids=["in training", "of few records", "after the last step at which they ask each other"],
 )
 def test_a_signal_to_one_process_stops_all(changes, tmp_path):
     """They agree that the run is not done: none writes its report, and none waits for another."""
@@ -197,3 +199,13 @@ def test_processes_whose_launcher_is_killed_stop_with_a_checkpoint(tmp_path):
         assert time.monotonic() < deadline, text
         time.sleep(0.1)
     assert has_checkpoint(config.output)
+
+
+@pytest.mark.slow
+def test_a_process_whose_launcher_was_killed_before_it_joined_ends(tmp_path, monkeypatch):
+    with subprocess.Popen([sys.executable, "-c", ""]) as launcher:
+        pass
+    monkeypatch.setenv(LAUNCHER, str(launcher.pid))
+    processes = start(tiny_config(tmp_path), tmp_path, joining=1)
+    codes, outputs = finish(processes, tmp_path)
+    assert codes == [-signal.SIGTERM], outputs

@@ -43,7 +43,7 @@ def test_a_signal_saves_and_exits(tmp_path, number):
         process.send_signal(number)
         printed, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + number
-    assert "Stopping after this step" in printed
+    assert "Stopping at the end of a step" in printed
     assert "Traceback" not in printed
     with open_run(config.output) as checkpoints:
         assert f"Stopped after step {checkpoints.latest:,}; go on with --resume" in printed
@@ -62,7 +62,7 @@ def test_a_second_interrupt_does_not_wait():
         assert process.stdout.readline() == "ready\n"
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
-        assert "Stopping after this step" in process.stdout.readline()
+        assert "Stopping at the end of a step" in process.stdout.readline()
         began = time.monotonic()
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 130
@@ -82,14 +82,37 @@ def test_a_signal_that_comes_while_processes_agree_is_not_lost(monkeypatch: pyte
     assert stop.exit_code == 128 + signal.SIGTERM
 
 
-def test_a_signal_to_another_process_is_this_ones_too(monkeypatch: pytest.MonkeyPatch):
+def told(received: tuple[int, ...]) -> socket.socket:
+    """What `StopRequest` listens to, with signals that came."""
+    reader, writer = socket.socketpair()
+    with writer:
+        writer.sendall(bytes(received))
+    return reader
+
+
+@pytest.mark.parametrize(("log_every", "asked_at"), [(2, 2), (10**6, training.MOST_STEPS_UNASKED)])
+def test_a_signal_to_another_process_is_this_ones_too(log_every: int, asked_at: int, monkeypatch: pytest.MonkeyPatch):
     """Which it learns of at the next step at which they ask each other."""
     to = types.SimpleNamespace(stop=StopRequest(Console()))
-    loop: Any = types.SimpleNamespace(config=types.SimpleNamespace(log_every=2), to=to)
+    loop: Any = types.SimpleNamespace(config=types.SimpleNamespace(log_every=log_every), to=to)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(signals.multihost_utils, "process_allgather", lambda mine: np.array([mine, signal.SIGTERM]))
-    assert [training._Loop.asked_to_stop(loop, step) for step in (1, 2)] == [False, True]
+    assert [training._Loop.asked_to_stop(loop, step) for step in (asked_at - 1, asked_at)] == [False, True]
     assert to.stop.signal == signal.SIGTERM
+
+
+def test_a_first_interrupt_after_another_process_was_asked_does_not_end_this_one(monkeypatch: pytest.MonkeyPatch):
+    """The checkpoint would be lost."""
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(signals.multihost_utils, "process_allgather", lambda mine: np.array([mine, signal.SIGTERM]))
+    stop = StopRequest(Console(quiet=True))
+    assert stop.agreed() == signal.SIGTERM
+    stop._listen(told((signal.SIGINT,)))
+    assert (stop.exit_code, codes) == (143, [])
+    stop._listen(told((signal.SIGINT, signal.SIGINT)))
+    assert (stop.exit_code, codes) == (143, [130])
 
 
 @pytest.mark.parametrize(
@@ -108,11 +131,8 @@ def test_the_first_signal_counts_and_only_a_second_interrupt_ends(
 ):
     codes = []
     monkeypatch.setattr(os, "_exit", codes.append)
-    reader, writer = socket.socketpair()
-    with writer:
-        writer.sendall(bytes(received))
     stop = StopRequest(Console(quiet=True))
-    stop._listen(reader)
+    stop._listen(told(received))
     assert (stop.exit_code, codes) == (code, ended)
 
 
