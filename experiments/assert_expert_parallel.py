@@ -23,7 +23,7 @@ from jax.sharding import AxisType, Mesh
 from rich.console import Console
 from rich.table import Table
 
-from experiments.checks import at_least
+from experiments.checks import at_least, check_seed
 from experiments.command_line import given_config
 from experiments.runtime import exit_with
 from moe_jax import MoE, MoEConfig, MoEOutput, TopN
@@ -78,6 +78,7 @@ class AssertConfig:
     def __post_init__(self) -> None:
         at_least(1, self, "devices", "data", "expert", "batch", "length")
         at_least(0, self, "tolerance")
+        check_seed(self.seed)
         try:
             self.layer()
         except ValueError as error:

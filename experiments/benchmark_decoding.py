@@ -8,7 +8,6 @@ Every ratio is of two things timed in turn in this one process. PyTorch's part n
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import pathlib
 import time
@@ -24,7 +23,7 @@ from rich.table import Table
 
 import spec_jax
 from experiments import torch_reference
-from experiments.checks import at_least
+from experiments.checks import at_least, not_installed
 from experiments.command_line import given_config
 from experiments.measure import alternate, leviathan_speedup, measure_costs
 from experiments.output import make_folder_of
@@ -32,6 +31,8 @@ from experiments.report import machine
 from experiments.runtime import exit_with
 from spec_jax import checks, decoding, loop
 from spec_jax.drafters.plain import Plain
+
+WITH_TORCH = ("torch", "speculative_decoding")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ class Config:
       batches: batch sizes of plain decoding.
       gamma: tokens drafted a round.
       repeats: timed calls of each way.
-      with_torch: compare with PyTorch; None means when it is installed and this is a CPU.
+      with_torch: compare with PyTorch, in float32; None means where all of it is installed and this is a CPU.
       output: where the JSON goes.
     """
 
@@ -68,6 +69,12 @@ class Config:
         at_least(
             1, self, "dim", "depth", "draft_depth", "prompt_length", "max_new_tokens", "batches", "gamma", "repeats"
         )
+        if not self.with_torch:
+            return
+        if self.dtype != "float32":
+            raise ValueError(f"dtype must be float32 to compare with PyTorch, got {self.dtype}")
+        if missing := not_installed(*WITH_TORCH):
+            raise ValueError(f"with_torch needs {', '.join(missing)}, not installed: pip install -e '.[bench]'")
 
 
 # The original's defaults: temperature 1, the 10 % most probable tokens.
@@ -80,7 +87,7 @@ def main(config: Config) -> dict[str, Any]:
     console = Console()
     with_torch = config.with_torch
     if with_torch is None:
-        with_torch = importlib.util.find_spec("speculative_decoding") is not None and jax.default_backend() == "cpu"
+        with_torch = config.dtype == "float32" and not not_installed(*WITH_TORCH) and jax.default_backend() == "cpu"
     target, draft = (
         spec_jax.Decoder(
             spec_jax.DecoderConfig(dim=config.dim, depth=depth, dtype=config.dtype),

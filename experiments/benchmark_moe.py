@@ -1,6 +1,6 @@
 """How fast a mixture of experts is against PyTorch's, against a dense layer, and as sequences and experts grow.
 
-    python -m experiments.benchmark_moe --sections dense sequence experts --output runs/benchmark_moe.json
+    python -m experiments.benchmark_moe --sections dense sequence experts
     python -m experiments.benchmark_moe --mesh 1x1 1x2 1x4 1x8 2x4 8x1     # data x expert, on forced devices of a CPU
 
 Every ratio is of things timed in turn in this one process. Sections `original` and `mixtral` need the `bench` extra. A
@@ -10,7 +10,6 @@ section's results replace those of an earlier run in the same file; the other se
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 import pathlib
@@ -24,7 +23,7 @@ from flax import nnx
 
 import moe_jax
 from experiments import mesh_costs, moe_programs, moe_reference
-from experiments.checks import at_least
+from experiments.checks import at_least, not_installed
 from experiments.command_line import given_config
 from experiments.measure import alternate
 from experiments.moe_tables import print_meshes, print_section
@@ -75,7 +74,7 @@ class Config:
     mixtral_hidden: int = 1368
     memory: bool = True
     repeats: int = 5
-    output: pathlib.Path = pathlib.Path("experiments/results/benchmark_moe.json")
+    output: pathlib.Path = pathlib.Path("runs/benchmark_moe.json")
 
     def __post_init__(self) -> None:
         # Two experts are active.
@@ -108,10 +107,11 @@ def main(config: Config) -> dict[str, Any]:
     }
     sections = ("mesh",) if config.mesh else config.sections
     report = _earlier_report(config.output)
-    if any(section in WITH_TORCH for section in sections) and importlib.util.find_spec("torch") is None:
+    missing = not_installed("torch", "transformers", "st_moe_pytorch")
+    if missing and any(section in WITH_TORCH for section in sections):
         raise ValueError(
-            f"sections {' and '.join(WITH_TORCH)} need torch, transformers and st-moe-pytorch, and torch is not "
-            "installed: pip install -e '.[bench]', or choose --sections dense sequence experts"
+            f"sections {' and '.join(WITH_TORCH)} need torch, transformers and st-moe-pytorch, not installed are "
+            f"{', '.join(missing)}: pip install -e '.[bench]', or choose --sections dense sequence experts"
         )
     for section in sections:
         rows = list(measure[section](config))

@@ -47,7 +47,7 @@ class CheckConfig:
       kills: times each is killed.
       steps: training steps of each.
       seed: of the moments.
-      folder: where the runs go; by default a temporary folder.
+      folder: where the runs go, without any yet; by default a temporary folder.
     """
 
     runs: int = 20
@@ -185,6 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = given_config("check_resume", CheckConfig, arguments, __doc__)
     console = Console(highlight=False)
     if config.folder is not None:
+        if config.folder.exists() and (not config.folder.is_dir() or any(config.folder.iterdir())):
+            raise ValueError(f"folder must be empty or not exist, got {config.folder}")
         config.folder.mkdir(parents=True, exist_ok=True)
         return check(config, config.folder, console)
     with tempfile.TemporaryDirectory() as folder:

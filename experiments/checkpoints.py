@@ -48,6 +48,10 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Waits for what is being written, and ends."""
         self._manager.close()
 
     @property
@@ -209,10 +213,12 @@ def open_run(run: pathlib.Path, *, argument: str = "checkpoint") -> Checkpoints:
       ValueError: there is none.
     """
     output = run_folder(run)
-    checkpoints = Checkpoints(output, read_only=True) if (output / FOLDER).is_dir() else None
-    if checkpoints is None or checkpoints.latest is None:
-        raise ValueError(f"{argument} must be the output folder of a training run with a checkpoint, got {run}")
-    return checkpoints
+    if (output / FOLDER).is_dir():
+        checkpoints = Checkpoints(output, read_only=True)
+        if checkpoints.latest is not None:
+            return checkpoints
+        checkpoints.close()
+    raise ValueError(f"{argument} must be the output folder of a training run with a checkpoint, got {run}")
 
 
 def has_checkpoint(output: pathlib.Path) -> bool:

@@ -1,5 +1,6 @@
-"""Numbers of a configuration that are too small or too large, in words that name them."""
+"""Numbers of a configuration that are too small or too large, in words that name them; and what is not installed."""
 
+import importlib.util
 from typing import Any
 
 import numpy as np
@@ -30,3 +31,8 @@ def check_seed(seed: int) -> None:
     """Raises ValueError where a seed is none of `jax.random.key`, of whose larger ones only 32 bits count."""
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must be in [0, 2^32), got {seed}")
+
+
+def not_installed(*modules: str) -> list[str]:
+    """Those that cannot be imported."""
+    return [module for module in modules if importlib.util.find_spec(module) is None]

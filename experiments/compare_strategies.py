@@ -128,7 +128,8 @@ def prompts_of(split: np.ndarray, kind: str, *, count: int, length: int) -> np.n
     Raises:
       ValueError: the split has not as many.
     """
-    starts = np.arange(0, len(split) - length, max(length, (len(split) - length) // 4096))
+    last = len(split) - length
+    starts = np.arange(0, last + 1, max(length, last // 4096))
     share = np.array([PROSE[split[start : start + length]].mean() for start in starts])
     order = np.argsort(share if kind == "code" else -share, kind="stable")
     # The hundredth part at the far end holds tables and rulers, which are neither.

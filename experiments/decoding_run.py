@@ -53,11 +53,21 @@ class DecodingRunConfig(RunConfig):
         at_least(0, self, "gamma")
         self.sampling.check()
 
-    def check_vocabulary(self, name: str) -> None:
-        """Raises ValueError unless the field `name`, a decoder that drafts, has the target's number of tokens."""
-        ours, theirs = self.target.vocab_size, getattr(self, name).vocab_size
+    def check_drafting(self, name: str) -> None:
+        """Checks the field `name`, a decoder that drafts for the target.
+
+        Raises:
+          ValueError: the two have different numbers of tokens, or one an early exit, which would not be trained.
+        """
+        drafting = getattr(self, name)
+        ours, theirs = self.target.vocab_size, drafting.vocab_size
         if ours != theirs:
             raise ValueError(f"target.vocab_size and {name}.vocab_size must be the same, got {ours} and {theirs}")
+        for model, layer in (("target", self.target.early_exit_layer), (name, drafting.early_exit_layer)):
+            if layer is not None:
+                raise ValueError(
+                    f"{model}.early_exit_layer must be None, got {layer}: only train_early_exit trains exits"
+                )
 
     @property
     def sampling(self) -> spec_jax.Sampling:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import pathlib
+import secrets
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -16,6 +17,8 @@ from tensorboardX.summary import scalar
 
 FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
+# The folder of the package, and the name of the run's record there, so that a resumed run goes on in it.
+WANDB, WANDB_ID = "wandb", "wandb_id"
 
 
 class Metrics:
@@ -66,7 +69,7 @@ class Metrics:
         self._lines.close()
         self._tensorboard.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            self._wandb.finish(exit_code=int(error is not None))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One record: the numbers known after `step` steps. In the files when this returns."""
@@ -106,13 +109,19 @@ def wandb_module() -> Any:
     try:
         return importlib.import_module("wandb")
     except ImportError:
-        raise ValueError(
-            "wandb must be installed to log to Weights & Biases: pip install 'spec-moe-jax[wandb]'"
-        ) from None
+        raise ValueError("wandb must be installed to log to Weights & Biases: pip install -e '.[wandb]'") from None
 
 
 def _start_wandb(project: str, output: pathlib.Path, config: Mapping[str, Any] | None) -> Any:
-    # A name made from the folder lets a resumed run go on in its own record.
-    name = "-".join(output.absolute().parts[-2:])
     wandb = wandb_module()
-    return wandb.init(project=project, id=name, name=name, dir=str(output), config=dict(config or {}), resume="allow")
+    kept = output / WANDB_ID
+    if not kept.exists():
+        kept.write_text(secrets.token_hex(8))
+    return wandb.init(
+        project=project,
+        id=kept.read_text(),
+        name="-".join(output.absolute().parts[-2:]),
+        dir=str(output),
+        config=dict(config or {}),
+        resume="allow",
+    )

@@ -17,8 +17,8 @@ LAYER_SKIP_FILE = "layer_skip.json"
 CONFIGURATION = "configuration.json"
 # Everything a run writes, so that `overwrite` removes this and nothing else.
 CONTENTS = (
-    checkpoints.FOLDER, metrics.TENSORBOARD, metrics.FILE, REPORT, LOSS_FIGURE, ACCEPTANCE_FIGURE, SPEEDUP_FIGURE,
-    LAYER_SKIP_FILE, CONFIGURATION,
+    checkpoints.FOLDER, metrics.TENSORBOARD, metrics.FILE, metrics.WANDB, metrics.WANDB_ID, REPORT, LOSS_FIGURE,
+    ACCEPTANCE_FIGURE, SPEEDUP_FIGURE, LAYER_SKIP_FILE, CONFIGURATION,
 )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ from experiments.data import load_text, validation_batches
 from experiments.expert_decoder import weights_read
 from experiments.generate import load_run
 from experiments.measure import leviathan_speedup
-from experiments.output import LAYER_SKIP_FILE
+from experiments.output import LAYER_SKIP_FILE, write_whole
 from experiments.runtime import exit_with, use_compilation_cache
 from spec_jax.layers import rotary_angles
 
@@ -177,8 +177,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if best.speedup < 1:
         console.print("No set is predicted to be faster than plain decoding.")
     path = run_folder(config.checkpoint) / LAYER_SKIP_FILE
-    path.write_text(
-        json.dumps({"best": dataclasses.asdict(best), "way": [dataclasses.asdict(f) for f in way]}, indent=2)
+    write_whole(
+        path, json.dumps({"best": dataclasses.asdict(best), "way": [dataclasses.asdict(f) for f in way]}, indent=2)
     )
     console.print(
         f"written to {path}; python -m experiments.generate --checkpoint {config.checkpoint} --drafter layer-skip "

@@ -170,16 +170,14 @@ def finish(config: RunConfig, task: Task, console: Console) -> int:
     Raises:
       ValueError: the folder holds a run of another configuration or of another text, or what may not be of a run.
     """
-    found = newest(config.output)
+    step, configuration = newest(config.output) or (None, read_configuration(config.output))
     wanted = _configuration(config, task, load_text(config.data))
-    if found is None:
-        # It begins anew if it ended before its first checkpoint. What else may be there is not to be deleted.
-        started = read_configuration(config.output)
-        begun = started is not None and not differences(started, wanted)
-        return run(dataclasses.replace(config, overwrite=begun), task, console, go_on=SAME_COMMAND)
-    step, configuration = found
-    if different := differences(configuration, wanted):
+    if configuration is not None and (different := differences(configuration, wanted)):
         raise ValueError(f"output must hold this run or none, got {config.output} with {'; '.join(different)}")
+    if step is None:
+        # It begins anew if it ended before its first checkpoint. What else may be there is not to be deleted.
+        begun = configuration is not None
+        return run(dataclasses.replace(config, overwrite=begun), task, console, go_on=SAME_COMMAND)
     _check_steps(step, config)
     if step == config.steps:
         console.print(f"{task.kind} in {config.output}: trained already")

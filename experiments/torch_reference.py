@@ -1,6 +1,6 @@
 """PyTorch decoding loops to compare against: the original package's, and a plain one with a static cache.
 
-Needs the `bench` extra; nothing else in the project imports torch.
+Needs the `bench` extra.
 """
 
 # torch comes with the `bench` extra only.

@@ -47,7 +47,7 @@ class TrainDraftConfig(DecodingRunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_vocabulary("draft")
+        self.check_drafting("draft")
         self.distillation.check(self.sequence_length)
 
 

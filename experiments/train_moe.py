@@ -53,7 +53,7 @@ class TrainMoEConfig(DecodingRunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_vocabulary("draft")
+        self.check_drafting("draft")
         self.experts.check(self.target)
         if self.upcycle_from is not None:
             check_upcycling(self.experts)

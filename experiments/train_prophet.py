@@ -58,7 +58,7 @@ class TrainProphetConfig(DecodingRunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_vocabulary("prophet")
+        self.check_drafting("prophet")
         at_least(0, self, "prophet_loss_weight")
         if not 1 <= self.num_leading_start_tokens < self.prophet_train_length <= self.sequence_length + 1:
             raise ValueError(

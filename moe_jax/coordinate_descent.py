@@ -7,7 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from moe_jax.checks import floating, number, positive, whole
+from moe_jax.checks import array, floating, number, positive, whole
 from moe_jax.routing import TopN
 
 
@@ -71,7 +71,7 @@ def _chosen_jvp(
 
 
 def relaxed_top_k(scores_te: jax.Array, size: float, *, iterations: int, temperature: float) -> jax.Array:
-    """(T, E) in [0, 1]: a soft indicator of the `size` largest scores, summing to about `size`.
+    """(T, E) in [0, 1]: a soft indicator of the `size` largest scores; once it has converged, it sums to `size`.
 
     Block coordinate ascent on the dual of max <scores, y> + temperature * entropy(y) over 0 <= y <= 1, sum y = size.
 
@@ -82,10 +82,11 @@ def relaxed_top_k(scores_te: jax.Array, size: float, *, iterations: int, tempera
       temperature: weight of the entropy, in units of the scores.
 
     Raises:
-      ValueError: the scores are not floating point, or an argument is out of range.
+      ValueError: the scores are no array of floating point, or an argument is out of range.
 
     Source: CoLT5 2303.09752; Wright 1502.04759.
     """
+    array("scores_te", scores_te)
     floating("scores_te", scores_te.dtype)
     positive("temperature", temperature)
     whole("iterations", iterations, 1)

@@ -1,7 +1,8 @@
 """Exact, fast speculative decoding in JAX.
 
 Axis letters: B batch, T query positions, S cache slots, N heads, K key-value heads, H head dim, D model dim,
-V vocabulary, J drafted tokens, P prompt positions. Arrays carry them: `logits_btv`, `length_b`.
+V vocabulary, J drafted tokens, P prompt positions. Beside them: N places of the output or start states of a prophet,
+W windows that a prophet learns from. Arrays carry them: `logits_btv`, `length_b`.
 """
 
 from spec_jax.cache import KVCache as KVCache

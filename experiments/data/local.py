@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import lzma
 import os
 import pathlib
 import shutil
@@ -114,7 +115,7 @@ def _write_zip(path: pathlib.Path, sources: list[pathlib.Path], out: BinaryIO) -
             ]
             _write_texts((archive.open(m) for m in sorted(visible, key=lambda member: member.filename)), out)
     # RuntimeError is how zipfile says that a member is encrypted.
-    except (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"data must be a whole zip file without a password, got {str(path)!r}: {error}") from error
 
 

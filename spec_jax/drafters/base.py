@@ -63,7 +63,7 @@ class LanguageModel(Protocol):
         """Number of tokens."""
         ...
 
-    def init_cache(self, batch: int, size: int) -> Any:
+    def init_cache(self, batch: int, size: int) -> Cache:
         """An empty cache."""
         ...
 

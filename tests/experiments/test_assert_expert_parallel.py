@@ -34,6 +34,8 @@ def test_meshes():
         shape(data=4, expert=3)
     with pytest.raises(ValueError, match="expert must be at least 1, got 0"):
         shape(expert=0)
+    with pytest.raises(ValueError, match=r"seed must be in \[0, 2\^32\), got -1"):
+        AssertConfig(seed=-1)
     for tolerance in (-1.0, float("nan")):
         with pytest.raises(ValueError, match="tolerance must be at least 0, got"):
             AssertConfig(tolerance=tolerance)

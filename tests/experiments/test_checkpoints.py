@@ -159,12 +159,15 @@ def test_arrays_that_nobody_asks_for_or_that_are_not_there(tmp_path):
         restore(tmp_path, models=MODELS | {"more": jnp.zeros(3)})
 
 
-def test_missing(tmp_path):
+def test_missing(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="checkpoint must be the output folder of a training run"):
         open_run(tmp_path)
     (tmp_path / "checkpoints").mkdir()
+    closed = []
+    monkeypatch.setattr(Checkpoints, "close", lambda self: closed.append(self.folder))
     with pytest.raises(ValueError, match="checkpoint must be the output folder of a training run"):
         open_run(tmp_path)
+    assert closed == [tmp_path / "checkpoints"]
 
 
 def test_leaves_are_named_by_path():

@@ -89,7 +89,7 @@ def test_the_panels_by_hand():
 
 def test_the_hundredth_at_the_far_end_is_neither_prose_nor_code():
     """Of 200 pieces, two rulers and two pieces of letters only are left out, and the next ones are taken."""
-    pieces = [b"a" * index + b"#" * (200 - index) for index in range(1, 200)]
+    pieces = [b"a" * index + b"#" * (200 - index) for index in range(1, 199)]
     split = np.frombuffer(b"".join([b"#" * 200, *pieces, b"a" * 200]), np.uint8)
     shares = {kind: PROSE[prompts_of(split, kind, count=3, length=200)].mean(1) * 200 for kind in ("code", "prose")}
     np.testing.assert_allclose(shares["code"], [2, 3, 4])

@@ -45,11 +45,18 @@ def write_gzip(path, contents=PLAIN):
     return write(path, gzip.compress(contents))
 
 
-def write_zip(path, members):
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+def write_zip(path, members, how=zipfile.ZIP_DEFLATED):
+    with zipfile.ZipFile(path, "w", how) as archive:
         for name, contents in members.items():
             archive.writestr(name, contents)
     return path
+
+
+def write_damaged(path, how):
+    """A zip file with a byte in the middle of its only member changed."""
+    contents = bytearray(write_zip(path, {"a": PLAIN}, how).read_bytes())
+    contents[contents.index(b"PK\x01\x02") // 2] ^= 0xFF
+    return write(path, bytes(contents))
 
 
 @pytest.mark.parametrize("size", [1, 19, 20, 999, 1000, 1001])
@@ -274,6 +281,7 @@ BAD = {
     "no gzip": (lambda p: write(p / "x.gz"), "must be a whole gzip file, got '.*x.gz'"),
     "cut gzip": (lambda p: write(p / "x.gz", gzip.compress(PLAIN)[:-9]), "must be a whole gzip file"),
     "no zip": (lambda p: write(p / "x.zip"), "must be a whole zip file without a password, got '.*x.zip'"),
+    "damaged lzma": (lambda p: write_damaged(p / "x.zip", zipfile.ZIP_LZMA), "must be a whole zip file .*x.zip"),
     "empty zip": (lambda p: write_zip(p / "x.zip", {}), "data must hold text"),
     "tar": (lambda p: write_gzip(p / "x.tar.gz"), "got '.*x.tar.gz': unpack it, give the folder"),
 }

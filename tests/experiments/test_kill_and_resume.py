@@ -20,3 +20,9 @@ def test_three_killed_runs_end_like_an_undisturbed_one(tmp_path, monkeypatch):
 def test_bad_input():
     with pytest.raises(ValueError, match="runs must be at least 1, got 0"):
         check_resume.CheckConfig(runs=0)
+
+
+def test_a_folder_with_something_in_it_is_refused(tmp_path):
+    (tmp_path / "run0").mkdir()
+    with pytest.raises(ValueError, match="folder must be empty or not exist, got "):
+        check_resume.main(["--folder", str(tmp_path)])

@@ -157,7 +157,8 @@ def scalars_in(content: bytes) -> list[tuple[str, int]]:
 def test_weights_and_biases_gets_every_record(tmp_path, monkeypatch: pytest.MonkeyPatch):
     begun, logged, ended = [], [], []
     project = types.SimpleNamespace(
-        log=lambda values, *, step: logged.append({"step": step, **values}), finish=lambda: ended.append(True)
+        log=lambda values, *, step: logged.append({"step": step, **values}),
+        finish=lambda *, exit_code: ended.append(exit_code),
     )
     wandb = types.SimpleNamespace(init=lambda **arguments: begun.append(arguments) or project)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
@@ -167,7 +168,12 @@ def test_weights_and_biases_gets_every_record(tmp_path, monkeypatch: pytest.Monk
     assert begun[0]["config"] == read_configuration(config.output)
     assert logged == read_metrics(config.output)
     assert len(logged) == 2
-    assert ended == [True]
+    # Resumed, it goes on in its record; begun anew, it has another.
+    with pytest.raises(RuntimeError), Metrics(config.output, first_step=2, wandb="project"):
+        raise RuntimeError
+    train(dataclasses.replace(config, overwrite=True))
+    assert ended == [0, 1, 0]
+    assert begun[0]["id"] == begun[1]["id"] != begun[2]["id"]
 
 
 def test_a_configuration_that_a_kill_cut_off_is_none(tmp_path):

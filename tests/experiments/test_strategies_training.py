@@ -203,6 +203,10 @@ def test_the_target_does_not_depend_on_the_prophet():
     ("make", "message"),
     [
         (lambda: train_early_exit.TrainEarlyExitConfig(target=TARGET), "target.early_exit_layer must be a layer, got"),
+        (
+            lambda: train_draft.TrainDraftConfig(draft=dataclasses.replace(TARGET, early_exit_layer=1)),
+            "draft.early_exit_layer must be None, got 1: only train_early_exit trains exits",
+        ),
         (lambda: train_early_exit.TrainEarlyExitConfig(early_exit_loss_weight=-1.0), "early_exit_loss_weight must be"),
         (lambda: train_prophet.TrainProphetConfig(prophet_train_length=2), "prophet_train_length must be above num_l"),
         (lambda: train_prophet.TrainProphetConfig(prophet_loss_weight=float("nan")), "prophet_loss_weight must be at"),
@@ -231,6 +235,7 @@ def test_the_target_does_not_depend_on_the_prophet():
         (lambda: compare_prophet_training.CompareConfig(dim=48), "dim must be at least 64, .* got 48"),
         (lambda: compare_costs.CostConfig(repeats=0), "repeats must be at least 1, got 0"),
         (lambda: benchmark_decoding.Config(batches=(1, 0)), "batches must be at least 1, got .1, 0."),
+        (lambda: benchmark_decoding.Config(dtype="bfloat16", with_torch=True), "dtype must be float32 to compare with"),
         (
             lambda: compare_costs.main(["--output", str(pathlib.Path(__file__).parent)]),
             "output must be a file, got the folder",

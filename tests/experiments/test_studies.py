@@ -39,7 +39,7 @@ def test_a_study_deletes_only_what_it_began(tmp_path, monkeypatch: pytest.Monkey
         assert not (config.output / "report.json").exists()
     (config.output / "report.json").write_text("of the second start")
     other = dataclasses.replace(config, seed=1)
-    with pytest.raises(ValueError, match="output must be a folder without a run"):
+    with pytest.raises(ValueError, match=r"output must hold this run or none, got .* with seed: expected 0, got 1"):
         finish(other, train_draft.task(other), Console(quiet=True))
     assert start() == 0
     assert not (config.output / "report.json").exists()
