@@ -110,10 +110,11 @@ class StopRequest:
                 number = received[0]
                 if number not in (signal.SIGINT, signal.SIGTERM):
                     continue
-                if told:
-                    if number == signal.SIGINT:
-                        os._exit(128 + number)
-                    continue
-                told = True
-                self.signal = self.signal or number
-                self._console.print("[yellow]Stopping at the end of a step, with a checkpoint. Ctrl-C ends at once.")
+                if not told:
+                    told = True
+                    self.signal = self.signal or number
+                    self._console.print(
+                        "[yellow]Stopping at the end of a step, with a checkpoint. Ctrl-C ends at once."
+                    )
+                elif number == signal.SIGINT:
+                    os._exit(128 + number)
