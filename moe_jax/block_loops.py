@@ -66,12 +66,15 @@ def _cut(operands: Operands) -> tuple[Blocks, Place]:
 
 
 def _read(operands: Operands, window: Window) -> tuple[jax.Array, Rows]:
-    """(L,) where in the input a block's rows are, beyond its end where they are not the block's own; and the rows."""
+    """(L,) where in the input a block's rows are, beyond its end where they are not the block's own; and the rows.
+
+    Where they are not its own, they and their factors are zero.
+    """
     x, *factors = operands.rows
     layout = operands.layout
     index_l = window.rows_l if layout is None else layout.token_of(window.read(layout.assignment_s))
     index_l = window.own(index_l, len(x))
-    return index_l, Rows(taken(x, index_l), *jax.tree.map(window.read, factors))
+    return index_l, Rows(taken(x, index_l), *jax.tree.map(window.read_own, factors))
 
 
 def _corner(place: Place) -> tuple[jax.Array, ...]:
@@ -87,11 +90,11 @@ def _write_kept(kept: jax.Array, window: Window, place: Place, hidden_lf: jax.Ar
 
 
 def _read_kept(kept: jax.Array, window: Window, place: Place) -> jax.Array:
-    """(L, F) a block's hidden states."""
+    """(L, F) a block's hidden states, zero where rows are not its own."""
 
     def read() -> jax.Array:
         if kept.ndim == 2:
-            return window.read(kept)
+            return window.read_own(kept)
         return jax.lax.dynamic_slice(kept, _corner(place), (1, window.length, kept.shape[2]))[0]
 
     # XLA makes one loop of a slice and the arithmetic behind it, which is not vectorised then; what a branch gives it

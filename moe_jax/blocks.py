@@ -40,6 +40,10 @@ class Window(NamedTuple):
             return new
         return jnp.where(self.inside_l.reshape((-1,) + (1,) * (new.ndim - 1)), new, other)
 
+    def read_own(self, x: jax.Array) -> jax.Array:
+        """(L, ...) the same, but zero where rows are not the block's own: of others a NaN must not come in."""
+        return self.own(self.read(x), 0)
+
     def write(self, x: jax.Array, new: jax.Array) -> jax.Array:
         """(S, ...) with (L, ...) new values where rows are the block's own."""
         if self.inside_l is not None:

@@ -88,6 +88,30 @@ def test_groups_in_blocks(rows: int, sizes: list[int]):
     assert_close(*in_blocks_and_by_rows(hidden_states(rows, 5), hidden_states(rows, 5, seed=3), jnp.asarray(sizes)))
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("sizes", [[5, 7, 0, 20], [321] * 4], ids=["of any size", "of one size"])
+def test_what_is_not_finite_stays_in_its_group(sizes: list[int], recompute: bool):
+    """A row of the second group, and its factors."""
+    rows, bad = sum(sizes), sizes[0] + 1
+    number_t1 = jnp.arange(rows)[:, None]
+    where = layout(number_t1, number_t1 >= 0, rows)
+    sizes_e = None if len(set(sizes)) == 1 else jnp.asarray(sizes)
+
+    @jax.jit
+    def gradients(value: float) -> Any:
+        x_td, gate_t1, weight_t1 = (
+            hidden_states(rows, width, seed=seed).at[bad].set(value) for seed, width in enumerate((5, 1, 1))
+        )
+        call = partial(by_group, LAYERS, sizes_e=sizes_e, sent=sent(where, gate_t1, weight_t1), recompute=recompute)
+        weights_bar, x_bar = jax.vjp(call, weights(), x_td)[1](jnp.ones((rows, 5)))
+        other = np.asarray([0, 2, 3])
+        return jax.tree.map(lambda bar: bar[other], weights_bar), jnp.delete(x_bar, bad, axis=0)
+
+    got = gradients(jnp.nan)
+    assert_close(got, gradients(1.0))
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(got))
+
+
 def test_of_layers_that_are_alike_only_the_first_is_traced(monkeypatch: pytest.MonkeyPatch):
     traced = []
 
