@@ -44,7 +44,8 @@ class TrainMoEConfig(DecodingRunConfig):
       experts: the target's mixtures.
       draft: the model that drafts for the target.
       upcycle_from: output folder of a run with the same `draft`, `target`, `experts.every` and a dense `experts.kind`,
-        whose weights this one starts from; see `experiments.upcycling`.
+        whose weights this one starts from. `experts.hidden` must be as wide as the dense layers, and there may be no
+        extra feed-forwards; see `experiments.upcycling`.
     """
 
     experts: ExpertsConfig = ExpertsConfig()  # noqa: RUF009 - immutable

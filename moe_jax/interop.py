@@ -49,8 +49,9 @@ def config_from_torch(
 
     Args are the original's, with its defaults, and three of ours: `slot_order` (the original's is "choice"), `dispatch`
     and `recompute`. Unlike the original, evaluation is deterministic, and `differentiable_topk` keeps the router's
-    gates. The balance loss counts assignments before capacity, not what is left of them, so that the loss of a batch
-    that drops is another one; and both raw losses are returned in evaluation too, where the original has zeros.
+    gates. The balance loss is another one wherever a batch drops, for it counts assignments before capacity, not what
+    is left of them, and wherever a batch has several sequences, for it multiplies shares of the whole batch, where the
+    original has the mean over sequences. Both raw losses are returned in evaluation too, where the original has zeros.
 
     Raises:
       ValueError: an argument is out of range.
