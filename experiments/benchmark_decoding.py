@@ -32,8 +32,6 @@ from experiments.runtime import exit_with
 from spec_jax import checks, decoding, loop
 from spec_jax.drafters.plain import Plain
 
-WITH_TORCH = ("torch", "speculative_decoding")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
@@ -73,7 +71,7 @@ class Config:
             return
         if self.dtype != "float32":
             raise ValueError(f"dtype must be float32 to compare with PyTorch, got {self.dtype}")
-        if missing := not_installed(*WITH_TORCH):
+        if missing := not_installed(*torch_reference.MODULES):
             raise ValueError(f"with_torch needs {', '.join(missing)}, not installed: pip install -e '.[bench]'")
 
 
@@ -87,7 +85,8 @@ def main(config: Config) -> dict[str, Any]:
     console = Console()
     with_torch = config.with_torch
     if with_torch is None:
-        with_torch = config.dtype == "float32" and not not_installed(*WITH_TORCH) and jax.default_backend() == "cpu"
+        missing = not_installed(*torch_reference.MODULES)
+        with_torch = not missing and config.dtype == "float32" and jax.default_backend() == "cpu"
     target, draft = (
         spec_jax.Decoder(
             spec_jax.DecoderConfig(dim=config.dim, depth=depth, dtype=config.dtype),

@@ -107,7 +107,7 @@ def main(config: Config) -> dict[str, Any]:
     }
     sections = ("mesh",) if config.mesh else config.sections
     report = _earlier_report(config.output)
-    missing = not_installed("torch", "transformers", "st_moe_pytorch")
+    missing = not_installed(*moe_reference.MODULES)
     if missing and any(section in WITH_TORCH for section in sections):
         raise ValueError(
             f"sections {' and '.join(WITH_TORCH)} need torch, transformers and st-moe-pytorch, not installed are "

@@ -47,7 +47,7 @@ class CheckConfig:
       kills: times each is killed.
       steps: training steps of each.
       seed: of the moments.
-      folder: where the runs go, without any yet; by default a temporary folder.
+      folder: where the runs go, empty if it is there; by default a temporary folder.
     """
 
     runs: int = 20

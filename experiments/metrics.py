@@ -114,12 +114,12 @@ def wandb_module() -> Any:
 
 def _start_wandb(project: str, output: pathlib.Path, config: Mapping[str, Any] | None) -> Any:
     wandb = wandb_module()
-    kept = output / WANDB_ID
-    if not kept.exists():
-        kept.write_text(secrets.token_hex(8))
+    id_file = output / WANDB_ID
+    if not id_file.exists():
+        id_file.write_text(secrets.token_hex(8))
     return wandb.init(
         project=project,
-        id=kept.read_text(),
+        id=id_file.read_text(),
         name="-".join(output.absolute().parts[-2:]),
         dir=str(output),
         config=dict(config or {}),

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+# What must be installed.
+MODULES = ("torch", "transformers", "st_moe_pytorch")
 # So low that every token asks for its second expert, whatever is drawn: the original draws in evaluation too, and the
 # two sides could not keep the same assignments otherwise.
 ORIGINAL_THRESHOLDS = {"threshold_train": 1e-6, "threshold_eval": 1e-6}

@@ -97,12 +97,11 @@ def _end_with_launcher() -> None:
 
 
 def _exists(process: int) -> bool:
+    """Whether there is a process of this number, anybody's."""
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
     return True
 
 

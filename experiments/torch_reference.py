@@ -18,6 +18,9 @@ import numpy as np
 from spec_jax import Decoder
 from spec_jax.interop import decoder_to_torch
 
+# What must be installed.
+MODULES = ("torch", "speculative_decoding")
+
 
 def original_decoder(decoder: Decoder) -> Any:
     """The original package's `Decoder` with the same weights, in evaluation mode."""

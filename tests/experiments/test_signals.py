@@ -82,7 +82,7 @@ def test_a_signal_that_comes_while_processes_agree_is_not_lost(monkeypatch: pyte
     assert stop.exit_code == 128 + signal.SIGTERM
 
 
-def told(received: tuple[int, ...]) -> socket.socket:
+def reader_of(received: tuple[int, ...]) -> socket.socket:
     """What `StopRequest` listens to, with signals that came."""
     reader, writer = socket.socketpair()
     with writer:
@@ -109,9 +109,9 @@ def test_a_first_interrupt_after_another_process_was_asked_does_not_end_this_one
     monkeypatch.setattr(signals.multihost_utils, "process_allgather", lambda mine: np.array([mine, signal.SIGTERM]))
     stop = StopRequest(Console(quiet=True))
     assert stop.agreed() == signal.SIGTERM
-    stop._listen(told((signal.SIGINT,)))
+    stop._listen(reader_of((signal.SIGINT,)))
     assert (stop.exit_code, codes) == (143, [])
-    stop._listen(told((signal.SIGINT, signal.SIGINT)))
+    stop._listen(reader_of((signal.SIGINT, signal.SIGINT)))
     assert (stop.exit_code, codes) == (143, [130])
 
 
@@ -132,7 +132,7 @@ def test_the_first_signal_counts_and_only_a_second_interrupt_ends(
     codes = []
     monkeypatch.setattr(os, "_exit", codes.append)
     stop = StopRequest(Console(quiet=True))
-    stop._listen(told(received))
+    stop._listen(reader_of(received))
     assert (stop.exit_code, codes) == (code, ended)
 
 

@@ -5,13 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.experts import GEGLU, HiddenWeights, OutputWeights, gelu
+from moe_jax.experts import GEGLU, HiddenWeights, OutputWeights
 from moe_jax.grouped import by_group
 from moe_jax.halves import Weights
 from moe_jax.layout import collect, layout, sent
+from tests.moe.groups import LAYERS
 from tests.moe.support import hidden_states
-
-LAYERS = GEGLU(gelu)
 
 
 def narrow_weights(num_groups: int, dim: int = 2, hidden: int = 2) -> Weights:
