@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
@@ -25,12 +26,13 @@ from rich.table import Table
 
 import spec_jax
 from experiments import search_layer_skip, train_draft, train_early_exit, train_prophet
+from experiments.checkpoints import named_leaves
 from experiments.checks import at_least
 from experiments.command_line import given_config
 from experiments.data import load_text, validation_batches
 from experiments.decoding_run import DecodingRunConfig
 from experiments.figures import Panel, save_panels
-from experiments.generate import load_run
+from experiments.generate import LoadedRun, load_run
 from experiments.measure import PLAIN, Measurement, measure_costs, measure_decoding
 from experiments.output import make_folder, write_whole
 from experiments.report import machine
@@ -140,9 +142,10 @@ def prompts_of(split: np.ndarray, kind: str, *, count: int, length: int) -> np.n
     return np.stack([split[start : start + length] for start in chosen]).astype(np.int32)
 
 
-def measure_all(config: CompareConfig, shared: DecodingRunConfig, console: Console) -> list[Row]:
+def measure_all(
+    config: CompareConfig, shared: DecodingRunConfig, runs: Mapping[str, LoadedRun], console: Console
+) -> list[Row]:
     """Every strategy, gamma, batch, temperature and kind of text."""
-    runs = {name: load_run(config.output / name.replace(" ", "_")) for name in TRAINED}
     text = load_text(shared.data)
     # Searched where a cell is measured that skips layers.
     searched = cache(lambda: searched_layers(runs[DRAFT].target, text.validation))
@@ -166,7 +169,8 @@ def measure_all(config: CompareConfig, shared: DecodingRunConfig, console: Conso
         for name, target in targets.items():
             cell = config.output / CELLS / f"{name.replace(' ', '_')}_{batch}.json"
             measure = partial(measure_cell, config, name, target, partial(drafter, name), texts, console)
-            rows += kept_cell(cell, config, measure)
+            models = runs[name if name in runs else DRAFT].models
+            rows += kept_cell(cell, config, models, measure)
     return rows
 
 
@@ -199,9 +203,10 @@ def measure_cell(
     return rows
 
 
-def kept_cell(path: pathlib.Path, config: CompareConfig, measure: Callable[[], list[Row]]) -> list[Row]:
-    """The rows of a cell from its file, where an earlier start measured it in the same way; measured now otherwise."""
-    how = dataclasses.asdict(config) | {"output": None, "batches": None, "machine": machine()}
+def kept_cell(path: pathlib.Path, config: CompareConfig, models: Any, measure: Callable[[], list[Row]]) -> list[Row]:
+    """The rows of a cell from its file, where an earlier start measured these models so; measured now otherwise."""
+    weights = {name: zlib.crc32(np.asarray(leaf).tobytes()) for name, leaf in named_leaves(models).items()}
+    how = dataclasses.asdict(config) | {"output": None, "batches": None, "machine": machine(), "weights": weights}
     how = json.loads(json.dumps(how))
     if path.exists() and (kept := json.loads(path.read_text()))["how"] == how:
         return [Row.from_json(row) for row in kept["rows"]]
@@ -211,13 +216,12 @@ def kept_cell(path: pathlib.Path, config: CompareConfig, measure: Callable[[], l
     return rows
 
 
-def ngram_extremes(config: CompareConfig, shared: DecodingRunConfig, console: Console) -> list[Row]:
+def ngram_extremes(config: CompareConfig, shared: DecodingRunConfig, target: Any, console: Console) -> list[Row]:
     """N-gram lookup where all repeats itself, and where it finds nothing: a drafting strategy's best and worst.
 
     Repetitive is 16 bytes of the test text over and over, continued greedily; noise is drawn at temperature 5, where
     hardly two bytes come twice.
     """
-    target = load_run(config.output / DRAFT.replace(" ", "_")).target
     split = load_text(shared.data).test
     pieces = prompts_of(split, "code", count=config.repeats, length=16)
     repeated = np.tile(pieces, (1, -(-shared.prompt_length // 16)))[:, None, : shared.prompt_length]
@@ -311,10 +315,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     make_folder(config.output)
     shared = train_all(config, console)
-    rows = measure_all(config, shared, console)
+    runs = {name: load_run(config.output / name.replace(" ", "_")) for name in TRAINED}
+    rows = measure_all(config, shared, runs, console)
     print_rows(console, rows)
     cell = config.output / CELLS / "n-gram_extremes.json"
-    extremes = kept_cell(cell, config, partial(ngram_extremes, config, shared, console))
+    target = runs[DRAFT].target
+    extremes = kept_cell(cell, config, target, partial(ngram_extremes, config, shared, target, console))
     content = {"machine": machine(), "rows": [row.as_json() for row in rows + extremes]}
     (config.output / "strategies.json").write_text(json.dumps(content, indent=2) + "\n")
     save_panels(config.output / "strategies.png", panels(rows))

@@ -32,11 +32,8 @@ def save_loss_curves(path: pathlib.Path, training: Mapping[str, Points], validat
         axes.plot(*_columns(points), color=f"C{index}", alpha=0.4, linewidth=1, label=f"{name}, training")
     for index, (name, points) in enumerate(validation.items()):
         steps, bits = _columns(points)
-        axes.plot(steps, bits, color=f"C{index}", linewidth=2, marker="o", markersize=4, label=f"{name}, validation")
-        if points:
-            axes.annotate(
-                f"{bits[-1]:.2f}", (steps[-1], bits[-1]), xytext=(6, 0), textcoords="offset points", va="center"
-            )
+        label = f"{name}, validation" + (f", {bits[-1]:.2f} at the end" if points else "")
+        axes.plot(steps, bits, color=f"C{index}", linewidth=2, marker="o", markersize=4, label=label)
     _legend(axes)
     figure.savefig(path)
 

@@ -225,8 +225,8 @@ class _Loop:
         self.to.checkpoints.wait()
         kept = "there is no checkpoint yet" if self.saved is None else f"the checkpoint of step {self.saved} is good"
         raise NonFiniteLossError(
-            f"{what} is {loss}, training stopped; {kept} ({self.config.output}); start again with a lower "
-            "--learning-rate: --resume goes on with the same one"
+            f"{what} is {loss}, training stopped; {kept} ({self.config.output}); start again with a lower learning "
+            "rate: a resumed run goes on with the same one"
         )
 
     def asked_to_stop(self, done: int) -> bool:

@@ -31,15 +31,16 @@ def test_a_row_is_what_its_json_says():
 
 
 def test_a_cell_is_measured_again_only_where_another_would_be(tmp_path: pathlib.Path):
-    """Cells of other batches and of another folder are the same; of another length or gamma they are not."""
+    """Cells of other batches and of another folder are the same; of another length, gamma or weights they are not."""
     config, measured = CompareConfig(), []
+    weights = {"a": np.ones(2), "b": np.ones(2)}
 
-    def cell(config: CompareConfig) -> list[Row]:
+    def cell(config: CompareConfig, weights: dict[str, np.ndarray] = weights) -> list[Row]:
         def measure() -> list[Row]:
             measured.append(config)
             return ROWS
 
-        return kept_cell(tmp_path / "cells" / "n-gram_1.json", config, measure)
+        return kept_cell(tmp_path / "cells" / "n-gram_1.json", config, weights, measure)
 
     for same in (config, config, dataclasses.replace(config, batches=(1,), output=pathlib.Path("elsewhere"))):
         assert cell(same) == ROWS
@@ -47,6 +48,9 @@ def test_a_cell_is_measured_again_only_where_another_would_be(tmp_path: pathlib.
     for other in (dataclasses.replace(config, generate_length=8), dataclasses.replace(config, gammas=(1, 2))):
         assert cell(other) == ROWS
         assert measured[-1] == other
+    cell(config)
+    assert cell(config, {"a": np.ones(2), "b": np.array([1.0, 2.0])}) == ROWS
+    assert measured[3:] == [config, config]
 
 
 def table(rows: list[Row]) -> str:
