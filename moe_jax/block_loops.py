@@ -56,7 +56,6 @@ def _cut(operands: Operands) -> tuple[Blocks, Place]:
     sizes_e, num_groups, size = operands.sizes_e, operands.num_groups, operands.equal_size
     number_e = jnp.arange(num_groups, dtype=jnp.int32)
     if sizes_e is not None:
-        sizes_e = sizes_e.astype(jnp.int32)
         start_e = jnp.cumsum(sizes_e, dtype=jnp.int32) - sizes_e
         return blocks_of_groups(num_groups, operands.num_rows), Place(number_e, start_e, sizes_e)
     # Sizes that XLA does not know: of a single block it would make a part of the loop over groups, where it copies the

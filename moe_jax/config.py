@@ -45,7 +45,8 @@ class MoEConfig:
       num_shared_experts: experts that every token passes through besides those it is routed to, with gate 1.
       bias: whether the experts' products have biases.
       mult_bias: whether the experts have the multiplicative bias after the gate.
-      activation: of the experts' gates. A function without weights, which closes over nothing to be differentiated.
+      activation: of the experts' gates. A function without weights, which closes over nothing to be differentiated
+        and whose derivative at 0 is finite: places without a token hold zeros.
       init: initial weights, "paper" or "original".
       recompute: whether the backward pass computes the routed experts' hidden states again. Of each row of an expert,
         2F numbers less are kept from the forward to the backward pass, for a product more. Where a CPU keeps them in

@@ -100,7 +100,8 @@ class FeedForward(nnx.Module):
       rngs: for the initial weights; not kept.
       bias: whether the two products have a bias.
       mult_bias: whether the gated hidden state is multiplied by a vector (initially ones).
-      activation: of the gates. A function without weights, which closes over nothing to be differentiated.
+      activation: of the gates. A function without weights, which closes over nothing to be differentiated and whose
+        derivative at 0 is finite: places without a row hold zeros.
       init: see `initial_weights`.
       param_dtype: dtype of the weights.
 
@@ -220,7 +221,7 @@ class Experts(nnx.Module):
         if sizes_e.ndim != 1 or not jnp.issubdtype(sizes_e.dtype, jnp.integer):
             raise ValueError(f"sizes_e must be (E,) integers, got {sizes_e.shape} {sizes_e.dtype}")
         self._check(len(sizes_e), x_sd)
-        return self._by_group(x_sd, sizes_e)
+        return self._by_group(x_sd, sizes_e.astype(jnp.int32))
 
     def mixed(self, x_td: jax.Array, sent: Sent, sizes: jax.Array | int) -> jax.Array:
         """Each token's sum over its rows (see `moe_jax.dispatch.ExpertFunctions`)."""

@@ -189,7 +189,7 @@ class MoE(nnx.Module):
 class RMSNorm(nnx.Module):
     """Hidden states over their root mean square, times a learned scale `scale_d` (D,). At least float32 inside.
 
-    As in the original, over the square root of D times their norm, which counts as 1e-12 where it is less.
+    As in the original, times the square root of D over their norm, which counts as 1e-12 where it is less.
     """
 
     def __init__(self, dim: int, *, param_dtype: jnp.dtype | type = jnp.float32) -> None:
@@ -206,7 +206,7 @@ class RMSNorm(nnx.Module):
         squares = jnp.square(wide).sum(-1, keepdims=True)
         normal = wide * (jax.lax.rsqrt(jnp.maximum(squares, 1e-24)) * x.shape[-1] ** 0.5)
         scale = self.scale_d[...].reshape((1,) * (x.ndim - 1) + (-1,))
-        return (normal * scale).astype(x.dtype)
+        return (normal * scale.astype(normal.dtype)).astype(x.dtype)
 
 
 class SparseMoEBlock(nnx.Module):

@@ -78,7 +78,7 @@ def placement(config: MoEConfig, mesh: Mesh | None) -> Placement | None:
     names = (config.data_axis, config.expert_axis)
     around = jax.sharding.get_abstract_mesh()
     found = around if mesh is None else mesh
-    if around.axis_names and dict(around.shape) != dict(found.shape):
+    if around.axis_names and around.shape_tuple != found.shape_tuple:
         sizes = dict(around.shape), dict(found.shape)
         raise ValueError(f"mesh must be that of jax.set_mesh, {sizes[0]}, or not be given, got {sizes[1]}")
     axes = tuple(name for name in names if name in found.axis_names)

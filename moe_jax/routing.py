@@ -326,7 +326,7 @@ def within_best_groups(
     ranking_tgm = ranking_te.reshape(tokens, groups, experts // groups)
     best_tgm = jax.lax.top_k(ranking_tgm, min(2, experts // groups))[0]
     kept_tk = jax.lax.top_k(worth(best_tgm), kept)[1]
-    kept_tg = (kept_tk[:, :, None] == jnp.arange(groups)[None, None]).any(1)
+    kept_tg = (kept_tk[:, :, None] == jnp.arange(groups, dtype=kept_tk.dtype)[None, None]).any(1)
     return jnp.repeat(kept_tg, experts // groups, axis=1)
 
 

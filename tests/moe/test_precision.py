@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe_jax import FeedForward, MoE, RMSNorm, SparseMoEBlock, TopN
+from moe_jax import Experts, FeedForward, MoE, RMSNorm, SparseMoEBlock, TopN
 from moe_jax.layout import scaled
 from tests.moe.support import ROUTERS, apply, config, hidden_states, layer, outputs_and_gradients
 
@@ -85,7 +85,13 @@ def test_float64_stays_float64():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float64])
 @pytest.mark.parametrize(
-    "options", [{"num_shared_experts": 1}, {"router": TopN(score="sigmoid", bias=True)}], ids=["shared", "bias"]
+    "options",
+    [
+        {"num_shared_experts": 1},
+        {"router": TopN(score="sigmoid", bias=True)},
+        {"router": TopN(expert_groups=2, expert_groups_kept=1)},
+    ],
+    ids=["shared", "bias", "groups"],
 )
 def test_other_dtypes_are_mixed_by_nothing(options: dict[str, Any], dtype: jnp.dtype):
     """Promotion is strict here."""
@@ -95,6 +101,28 @@ def test_other_dtypes_are_mixed_by_nothing(options: dict[str, Any], dtype: jnp.d
             outputs_and_gradients, moe, jnp.ones((2, 4, 8), dtype), key=jax.random.key(0)
         )
     assert out.outputs.dtype == moe_bar.experts.w_in_edf.dtype == x_bar.dtype == dtype
+
+
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_a_norm_of_another_dtype_is_mixed_by_nothing(dtype: jnp.dtype, x64: bool):
+    """Promotion is strict here."""
+    with jax.enable_x64(x64):
+        norm = RMSNorm(8, param_dtype=jnp.float64 if x64 else jnp.bfloat16)
+        x = hidden_states(3, 8).astype(dtype)
+        assert norm(x).dtype == dtype
+        np.testing.assert_array_equal(norm(x), RMSNorm(8)(x))
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_sizes_of_any_integer_dtype(x64: bool):
+    """Promotion is strict here."""
+    with jax.enable_x64(x64):
+        experts = Experts(3, 8, 5, rngs=nnx.Rngs(0))
+        x = hidden_states(9, 8).astype(jnp.float32)
+        expected = experts.grouped(x, jnp.asarray([4, 0, 3], jnp.int32))[:7]
+        for dtype in (jnp.uint8, jnp.uint32, *(jnp.int64, jnp.uint64) * x64):
+            np.testing.assert_array_equal(experts.grouped(x, jnp.asarray([4, 0, 3], dtype))[:7], expected)
 
 
 def test_numpy_arrays_of_float64_are_taken_as_jax_takes_them():
