@@ -86,7 +86,7 @@ def append_slots(slots_bksh: jax.Array, new_bkth: jax.Array, length_b: jax.Array
     A scatter and not `dynamic_update_slice`, which clamps its start and would overwrite live slots near the end.
     """
     positions = new_bkth.shape[2]
-    slot_bt = length_b[:, None] + jnp.arange(positions)[None, :]
+    slot_bt = length_b[:, None] + jnp.arange(positions, dtype=jnp.int32)[None, :]
     # One more position, which is dropped. A scatter of a single position is a dynamic update slice to XLA, which on a
     # CPU is fused into its two readers and then copies the whole cache three times a step (12 ms a step, not 8).
     slot_bt = jnp.pad(slot_bt, ((0, 0), (0, 1)), constant_values=slots_bksh.shape[2])

@@ -31,7 +31,7 @@ def run_blocks(
         return hidden_btd, cache
     batch, positions = hidden_btd.shape[:2]
     start_b = jnp.zeros((batch,), jnp.int32) if cache is None else cache.length_b
-    position_bt = start_b[:, None] + jnp.arange(positions)[None, :]
+    position_bt = start_b[:, None] + jnp.arange(positions, dtype=jnp.int32)[None, :]
     rotary = rotary_angles(position_bt, blocks[0].attention.config)
     for block in blocks:
         if block.layer not in no_attention:
@@ -102,7 +102,7 @@ class Attention(nnx.Module):
         query_bkth = rearrange(query_btnh, "b t (k g) h -> b k (g t) h", k=config.num_kv_heads)
         query_bkth = query_bkth * config.dim_head**-0.5
         scores_bkst = jnp.einsum("bksh,bkth->bkst", keys_bksh, query_bkth, preferred_element_type=jnp.float32)
-        visible_bts = jnp.arange(keys_bksh.shape[2])[None, None, :] <= position_bt[:, :, None]
+        visible_bts = jnp.arange(keys_bksh.shape[2], dtype=jnp.int32)[None, None, :] <= position_bt[:, :, None]
         visible_b1ts = jnp.tile(visible_bts, (1, config.heads // config.num_kv_heads, 1))[:, None]
         scores_bkts = jnp.where(visible_b1ts, scores_bkst.transpose(0, 1, 3, 2), jnp.finfo(jnp.float32).min)
         weights_bkts = jax.nn.softmax(scores_bkts, axis=-1).astype(values_bksh.dtype)

@@ -136,7 +136,7 @@ def decode_round(
     Finished rows are computed along with the others and change nothing.
     """
     sequence = state.sequence
-    noise_position_bt = sequence.length_b[:, None] + jnp.arange(drafter.gamma + 1)[None, :]
+    noise_position_bt = sequence.length_b[:, None] + jnp.arange(drafter.gamma + 1, dtype=jnp.int32)[None, :]
     position_noise_btv = (
         position_gumbel(request.key, request.row_ids_b, noise_position_bt, target.vocab_size)
         if request.verification == Verification.COUPLED
@@ -185,7 +185,7 @@ def decode(
 def finish(state: DecodeState, request: Request, *, width: int) -> DecodeResult:
     """The output of each row, cut out of its sequence and padded."""
     emitted_b = state.sequence.length_b - state.prompt_length_b
-    offset_1n = jnp.arange(width)[None, :]
+    offset_1n = jnp.arange(width, dtype=jnp.int32)[None, :]
     tokens_bn = jnp.take_along_axis(
         state.sequence.tokens_bs, state.prompt_length_b[:, None] + offset_1n, axis=1, mode="clip"
     )
@@ -250,7 +250,7 @@ def _verify(
 
 def _cut(draft: Draft, verdict: Verdict, state: DecodeState, request: Request) -> tuple[Emission, jax.Array]:
     """What the round adds, up to the end token and the wanted length; and which rows are then finished."""
-    offset_1t = jnp.arange(draft.tokens_bj.shape[1] + 1)[None, :]
+    offset_1t = jnp.arange(draft.tokens_bj.shape[1] + 1, dtype=jnp.int32)[None, :]
     tokens_bt = jnp.pad(draft.tokens_bj, ((0, 0), (0, 1)))
     tokens_bt = jnp.where(offset_1t == verdict.accepted_b[:, None], verdict.next_token_b[:, None], tokens_bt)
 
@@ -258,8 +258,8 @@ def _cut(draft: Draft, verdict: Verdict, state: DecodeState, request: Request) -
     count_b = jnp.minimum(verdict.accepted_b + 1, room_b)
     is_end_bt = (tokens_bt == request.eos_id) & (offset_1t < count_b[:, None])
     ended_b = is_end_bt.any(axis=1)
-    count_b = jnp.where(ended_b, jnp.argmax(is_end_bt, axis=1) + 1, count_b)
-    count_b = jnp.where(state.done_b, 0, count_b).astype(jnp.int32)
+    count_b = jnp.where(ended_b, jnp.argmax(is_end_bt, axis=1).astype(jnp.int32) + 1, count_b)
+    count_b = jnp.where(state.done_b, 0, count_b)
     accepted_b = jnp.minimum(verdict.accepted_b, count_b)
     return Emission(tokens_bt, count_b, accepted_b), state.done_b | ended_b | (count_b >= room_b)
 
@@ -271,7 +271,7 @@ def _room(state: DecodeState, request: Request) -> jax.Array:
 
 def _extend(sequence: Sequence, emission: Emission) -> Sequence:
     """The rows with the round's tokens behind them."""
-    offset_1t = jnp.arange(emission.tokens_bt.shape[1])[None, :]
+    offset_1t = jnp.arange(emission.tokens_bt.shape[1], dtype=jnp.int32)[None, :]
     nowhere = sequence.tokens_bs.shape[1]
     slot_bt = jnp.where(offset_1t < emission.count_b[:, None], sequence.length_b[:, None] + offset_1t, nowhere)
 
@@ -285,11 +285,14 @@ def _extend(sequence: Sequence, emission: Emission) -> Sequence:
 def _count(state: DecodeState, draft: Draft, emission: Emission, request: Request) -> DecodeStats:
     """The counts after the round. Draft positions that the row's output could not take do not count."""
     active_b = ~state.done_b
-    position_1j = jnp.arange(draft.tokens_bj.shape[1])[None, :]
+    position_1j = jnp.arange(draft.tokens_bj.shape[1], dtype=jnp.int32)[None, :]
     room_b = _room(state, request)
     last_bt = jnp.take_along_axis(emission.tokens_bt, jnp.maximum(emission.count_b - 1, 0)[:, None], axis=1)
     places_b = jnp.where(last_bt[:, 0] == request.eos_id, emission.count_b, room_b)
-    counted_b = jnp.where(active_b, jnp.minimum(draft.count_b, places_b), 0)
+    # What was drafted after an end token falls with it.
+    before_end_b = leading(draft.tokens_bj != request.eos_id)
+    counted_b = jnp.minimum(jnp.minimum(draft.count_b, places_b), before_end_b + 1)
+    counted_b = jnp.where(active_b, counted_b, 0)
     return DecodeStats(
         rounds_b=state.stats.rounds_b + active_b.astype(jnp.int32),
         refused_b=state.stats.refused_b + (emission.accepted_b < counted_b).astype(jnp.int32),

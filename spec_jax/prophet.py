@@ -139,4 +139,4 @@ class ModelWithProphet(nnx.Module):
         """(B, T, …) cut into (B, W, P − 1, …): window i starts at position i."""
         width = self.prophet_train_length - 1
         count = values_bt.shape[1] - width + 1
-        return values_bt[:, jnp.arange(count)[:, None] + jnp.arange(width)[None, :]]
+        return values_bt[:, jnp.arange(count, dtype=jnp.int32)[:, None] + jnp.arange(width, dtype=jnp.int32)[None, :]]

@@ -59,12 +59,12 @@ class DecodeResult:
     @property
     def drafted(self) -> jax.Array:
         """(B,) int32, tokens drafted for each row."""
-        return self.stats.drafted_bj.sum(axis=-1)
+        return self.stats.drafted_bj.sum(axis=-1, dtype=jnp.int32)
 
     @property
     def accepted(self) -> jax.Array:
         """(B,) int32, drafted tokens kept in each row."""
-        return self.stats.accepted_bj.sum(axis=-1)
+        return self.stats.accepted_bj.sum(axis=-1, dtype=jnp.int32)
 
     @property
     def emitted(self) -> jax.Array:
@@ -75,7 +75,7 @@ class DecodeResult:
     def acceptance_by_position(self) -> jax.Array:
         """(J,) float32, the fraction of drafts at each position that were kept, over all rows; NaN where none was."""
         rows = tuple(range(self.stats.drafted_bj.ndim - 1))
-        return self.stats.accepted_bj.sum(axis=rows) / self.stats.drafted_bj.sum(axis=rows)
+        return _ratio(self.stats.accepted_bj.sum(axis=rows), self.stats.drafted_bj.sum(axis=rows))
 
     @property
     def acceptance_rate(self) -> jax.Array:
@@ -84,14 +84,19 @@ class DecodeResult:
         This is the α of Leviathan 2211.17192. NaN when nothing was drafted.
         """
         accepted = self.stats.accepted_bj.sum()
-        return accepted / (accepted + self.stats.refused_b.sum())
+        return _ratio(accepted, accepted + self.stats.refused_b.sum())
 
     @property
     def mean_accepted_length(self) -> jax.Array:
         """() float32, drafted tokens kept per round, over all rows."""
-        return self.stats.accepted_bj.sum() / self.rounds.sum()
+        return _ratio(self.stats.accepted_bj.sum(), self.rounds.sum())
 
     @property
     def block_efficiency(self) -> jax.Array:
         """() float32, tokens emitted per round (target forward), over all rows (Sun 2310.15141)."""
-        return self.lengths.sum() / self.rounds.sum()
+        return _ratio(self.lengths.sum(), self.rounds.sum())
+
+
+def _ratio(part: jax.Array, whole: jax.Array) -> jax.Array:
+    """Of counts, in float32."""
+    return part.astype(jnp.float32) / whole.astype(jnp.float32)

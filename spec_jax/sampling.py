@@ -78,23 +78,26 @@ def filtered_log_probs(logits: jax.Array, sampling: Sampling) -> jax.Array:
 
     Returns:
       (..., V) float32, normalised; −inf where a token is filtered out. Temperature 0 gives 0 at the first largest
-      logit and −inf elsewhere.
+      logit and −inf elsewhere. Logits that are no distribution (all −inf, or with a NaN or +inf) give NaN.
     """
     logits = logits.astype(jnp.float32)
-    greedy = jnp.asarray(sampling.temperature) == 0
+    scalars = sampling.temperature, sampling.top_p, sampling.min_p
+    temperature, top_p, min_p = (jnp.asarray(scalar, jnp.float32) for scalar in scalars)
+    greedy = temperature == 0
     # Subtracting first keeps the largest at exactly 0, so that a tiny temperature cannot overflow; and a token that
     # is impossible stays so, where a huge one makes the division a product of −inf and 0.
     distance = logits - logits.max(-1, keepdims=True)
-    scaled = distance / jnp.where(greedy, 1.0, sampling.temperature)
+    scaled = distance / jnp.where(greedy, 1.0, temperature)
     scores = jnp.where(distance == -jnp.inf, -jnp.inf, scaled)
     if sampling.top_k is not None:
         scores = keep_top_k(scores, sampling.top_k)
     # A conditional, because sorting the vocabulary costs more than everything else here and 1 is the default.
-    scores = jax.lax.cond(jnp.asarray(sampling.top_p) < 1, keep_top_p, lambda scores, _: scores, scores, sampling.top_p)
-    scores = jnp.where(scores < jnp.log(sampling.min_p), -jnp.inf, scores)
+    scores = jax.lax.cond(top_p < 1, keep_top_p, lambda scores, _: scores, scores, top_p)
+    scores = jnp.where(scores < jnp.log(min_p), -jnp.inf, scores)
     best = jnp.argmax(logits, axis=-1)
     token_v = jax.lax.broadcasted_iota(best.dtype, logits.shape, logits.ndim - 1)
-    point_mass = jnp.where(token_v == best[..., None], 0.0, -jnp.inf)
+    # The distance of the largest is 0, or NaN where there is no distribution.
+    point_mass = jnp.where(token_v == best[..., None], distance, -jnp.inf)
     return jnp.where(greedy, point_mass, jax.nn.log_softmax(scores, axis=-1))
 
 

@@ -112,7 +112,7 @@ def block(draft: Draft, target_log_probs_btv: jax.Array, uniform_bj: jax.Array, 
     slack_bt = mass_bt + 1.0 - reach_bt
     test_bt = jnp.where(slack_bt > 0, mass_bt / jnp.where(slack_bt > 0, slack_bt, 1.0), 1.0)
     pass_bj = (uniform_bj < test_bt[:, 1:]) & _drafted(draft)
-    length_bj = jnp.where(pass_bj, jnp.arange(1, pass_bj.shape[1] + 1)[None, :], 0)
+    length_bj = jnp.where(pass_bj, jnp.arange(1, pass_bj.shape[1] + 1, dtype=jnp.int32)[None, :], 0)
     accepted_b = jnp.max(length_bj, axis=1, initial=0).astype(jnp.int32)
 
     target_bv, draft_bv = _at(target_probs_btv, accepted_b), _at(draft_probs_btv, accepted_b)
@@ -140,7 +140,7 @@ def coupled(draft: Draft, target_log_probs_btv: jax.Array, gumbel_btv: jax.Array
 
 def _drafted(draft: Draft) -> jax.Array:
     """(B, J) bool: the positions a row really drafted."""
-    return jnp.arange(draft.tokens_bj.shape[1])[None, :] < draft.count_b[:, None]
+    return jnp.arange(draft.tokens_bj.shape[1], dtype=jnp.int32)[None, :] < draft.count_b[:, None]
 
 
 def _with_zero_rows(draft: Draft) -> jax.Array:
@@ -156,7 +156,7 @@ def _of_tokens(probs_btv: jax.Array, tokens_bj: jax.Array) -> jax.Array:
 
 def leading(true_bj: jax.Array) -> jax.Array:
     """(B,) int32, the length of the leading run of True."""
-    return jnp.cumprod(true_bj.astype(jnp.int32), axis=1).sum(axis=1)
+    return jnp.cumprod(true_bj.astype(jnp.int32), axis=1).sum(axis=1, dtype=jnp.int32)
 
 
 def _at(probs_btv: jax.Array, position_b: jax.Array) -> jax.Array:

@@ -93,7 +93,8 @@ class Sequence:
 
     def window(self, start_b: jax.Array, width: int) -> jax.Array:
         """(B, width) tokens from each row's own start on."""
-        return jnp.take_along_axis(self.tokens_bs, start_b[:, None] + jnp.arange(width)[None, :], axis=1)
+        slot_bw = start_b[:, None] + jnp.arange(width, dtype=jnp.int32)[None, :]
+        return jnp.take_along_axis(self.tokens_bs, slot_bw, axis=1)
 
     @property
     def last_b1(self) -> jax.Array:
@@ -189,7 +190,7 @@ def token_by_token(
         return (chosen[0], state), chosen
 
     first = choose(logits_bv, 0)
-    (_, state), others = jax.lax.scan(one_more, (first[0], state), jnp.arange(1, gamma))
+    (_, state), others = jax.lax.scan(one_more, (first[0], state), jnp.arange(1, gamma, dtype=jnp.int32))
     tokens_bj, log_probs_bjv = (
         jnp.concatenate((x[:, None], jnp.moveaxis(others_j, 0, 1)), axis=1)
         for x, others_j in zip(first, others, strict=True)

@@ -66,7 +66,7 @@ class NGram(Drafter):
         """What followed the latest longest match, in each row that has one."""
         del choose
         tokens_bj, found_b = lookup(sequence, gamma=self.gamma, min_ngram=self.min_ngram, max_ngram=self.max_ngram)
-        is_token_bjv = tokens_bj[:, :, None] == jnp.arange(target.vocab_size)[None, None, :]
+        is_token_bjv = tokens_bj[:, :, None] == jnp.arange(target.vocab_size, dtype=jnp.int32)[None, None, :]
         log_probs_bjv = jnp.where(is_token_bjv, 0.0, -jnp.inf)
         count_b = jnp.where(found_b, self.gamma, 0).astype(jnp.int32)
         return Proposal(Draft(tokens_bj, log_probs_bjv, count_b), target_cache, state)
@@ -112,7 +112,7 @@ def lookup(sequence: Sequence, *, gamma: int, min_ngram: int, max_ngram: int) ->
     """
     # Row a b c a b, length 5: the match of length 2 ends at slot 1, and what follows slot 1 is c, then a, b, c, a, …
     tokens_bs, length_b = sequence.tokens_bs, sequence.length_b
-    slot_1s = jnp.arange(tokens_bs.shape[1])[None, :]
+    slot_1s = jnp.arange(tokens_bs.shape[1], dtype=jnp.int32)[None, :]
     length_bs = jnp.zeros(tokens_bs.shape, jnp.int32)
     alive_bs = slot_1s < length_b[:, None] - 1
     for back in range(max_ngram):
@@ -122,8 +122,8 @@ def lookup(sequence: Sequence, *, gamma: int, min_ngram: int, max_ngram: int) ->
         length_bs += alive_bs.astype(jnp.int32)
     # The longest first, the latest among those: one number that grows with both.
     rank_bs = length_bs * tokens_bs.shape[1] + slot_1s
-    end_b = jnp.argmax(jnp.where(length_bs >= min_ngram, rank_bs, -1), axis=1)
+    end_b = jnp.argmax(jnp.where(length_bs >= min_ngram, rank_bs, -1), axis=1).astype(jnp.int32)
     found_b = (length_bs >= min_ngram).any(axis=1)
     period_b1 = (length_b - 1 - end_b)[:, None]
-    slot_bj = end_b[:, None] + 1 + jnp.arange(gamma)[None, :] % jnp.maximum(period_b1, 1)
+    slot_bj = end_b[:, None] + 1 + jnp.arange(gamma, dtype=jnp.int32)[None, :] % jnp.maximum(period_b1, 1)
     return jnp.take_along_axis(tokens_bs, slot_bj, axis=1, mode="clip").astype(jnp.int32), found_b

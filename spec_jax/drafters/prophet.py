@@ -52,7 +52,7 @@ class Prophet(Drafter):
         """(B, N, D), the target's last hidden states before the last known token."""
         del target, size
         starts = self.prophet.num_leading_start_tokens
-        position_bn = sequence.length_b[:, None] - 1 - starts + jnp.arange(starts)[None, :]
+        position_bn = sequence.length_b[:, None] - 1 - starts + jnp.arange(starts, dtype=jnp.int32)[None, :]
         return jnp.take_along_axis(prefill.hidden, jnp.maximum(position_bn, 0)[:, :, None], axis=1)
 
     def propose(
@@ -65,7 +65,7 @@ class Prophet(Drafter):
         # is shifted out, and leftovers behind its last known token are overwritten.
         present_b = jnp.minimum(starts, sequence.length_b - 1)
         inputs_btd = self.prophet.embed(state, sequence.last_b1)
-        index_bt = jnp.minimum(jnp.arange(starts + 1)[None, :] + (starts - present_b)[:, None], starts)
+        index_bt = jnp.minimum(jnp.arange(starts + 1, dtype=jnp.int32)[None, :] + (starts - present_b)[:, None], starts)
         inputs_btd = jnp.take_along_axis(inputs_btd, index_bt[:, :, None], axis=1)
         output = self.prophet.read(inputs_btd, self.prophet.decoder.init_cache(batch, starts + self.gamma))
         logits_bv = jnp.take_along_axis(output.logits, present_b[:, None, None], axis=1)[:, 0]
@@ -80,5 +80,5 @@ class Prophet(Drafter):
     def update(self, state: jax.Array, scored: Any, emitted_b: jax.Array) -> jax.Array:
         """The start states at each row's own last accepted positions."""
         known_btd = jnp.concatenate((state, scored.hidden), axis=1)
-        index_bn = emitted_b[:, None] + jnp.arange(state.shape[1])[None, :]
+        index_bn = emitted_b[:, None] + jnp.arange(state.shape[1], dtype=jnp.int32)[None, :]
         return jnp.take_along_axis(known_btd, index_bn[:, :, None], axis=1)

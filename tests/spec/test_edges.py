@@ -79,6 +79,19 @@ def test_a_draft_that_knows_nothing_of_a_token(rule: str, monkeypatch: pytest.Mo
         jax.clear_caches()
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("logit", [-np.inf, np.inf, np.nan])
+def test_a_draft_that_is_no_distribution_drafts_nothing(logit: float, temperature: float):
+    """One token of the draft's vocabulary has such a logit; of −inf, all."""
+    logits_v = np.full(4, logit) if logit == -np.inf else np.array([0.0, 0.0, logit, 0.0])
+    draft = Toy(jnp.broadcast_to(jnp.asarray(logits_v, jnp.float32), (2, 5, 4, 4)))
+    sampling = Sampling(temperature=temperature)
+    for rule in RULES:
+        result = decode(rule, TARGET, draft, [[1], [2]], sampling=sampling)
+        assert result.drafted.tolist() == result.accepted.tolist() == [0, 0]
+        assert result.lengths.tolist() == result.rounds.tolist() == [10, 10]
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_gamma_zero_drafts_nothing(rule: str):
     """One token a round, whatever the rule; coupled is then plain decoding."""

@@ -115,6 +115,17 @@ def test_a_token_that_there_is_not_has_no_loss(token: int, dtype: type):
         assert jnp.isnan(next_token_loss(jnp.array(logits), jnp.array(tokens, dtype)))
 
 
+@pytest.mark.parametrize("token", [2**32 - 1, 2**32, 2**32 + 3])
+def test_a_token_beyond_int32_has_no_loss(token: int):
+    """Cut to 32 bits they would be -1, 0 and 3."""
+    logits, tokens = case(vocab=256)
+    with jax.enable_x64(True):
+        for dtype in (jnp.uint32, jnp.int64, jnp.uint64):
+            if token <= jnp.iinfo(dtype).max:
+                wide = jnp.asarray(tokens % 100, dtype).at[0, 0].set(token)
+                assert jnp.isnan(next_token_loss(jnp.array(logits), wide))
+
+
 def test_bits_per_byte():
     assert bits_per_byte(math.log(256)) == pytest.approx(8)
 

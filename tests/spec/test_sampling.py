@@ -219,6 +219,19 @@ def test_a_mass_that_top_p_equals_is_reached():
     np.testing.assert_allclose(probs_of(np.log([0.5, 0.25, 0.25]), top_p=0.5), [1, 0, 0], atol=1e-6)
 
 
+@pytest.mark.parametrize("x64", [False, True])
+def test_scalars_of_numpys_float64(x64: bool):
+    """Unchecked, too, the distribution is computed in float32."""
+    logits = np.array([0.0, -1.0, -2.0, -3.0, -4.0], np.float32)
+    for filters in ({}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.05}):
+        expected = filtered_log_probs(jnp.asarray(logits), Sampling(temperature=0.7, **filters).checked())
+        wide = {name: value if name == "top_k" else np.float64(value) for name, value in filters.items()}
+        with jax.enable_x64(x64):
+            got = filtered_log_probs(jnp.asarray(logits), Sampling(temperature=np.float64(0.7), **wide))
+        assert got.dtype == jnp.float32
+        np.testing.assert_array_equal(got, expected)
+
+
 def test_top_k_as_an_integer_of_numpy():
     top_k: Any = np.int64(2)
     np.testing.assert_allclose(probs_of(np.log([0.4, 0.3, 0.2, 0.1]), top_k=top_k), [4 / 7, 3 / 7, 0, 0], atol=1e-6)

@@ -76,6 +76,16 @@ def test_nothing_is_counted_after_the_end(rule, prompt, draft, eos_id, emitted, 
 
 
 @pytest.mark.parametrize("rule", RULES)
+def test_nothing_is_counted_behind_a_refused_end(rule: str):
+    """[2 | 0] of the draft [2 1 ·], where 1 is the end, then [1]: what stands at · could not have been kept."""
+    result = worked(rule, DRAFT, [1], eos_id=1)
+    assert result.tokens.tolist() == [[2, 0, 1, 9, 9, 9, 9, 9]]
+    assert result.stats.drafted_bj.tolist() == [[2, 1, 0]]
+    assert result.stats.accepted_bj.tolist() == [[2, 0, 0]]
+    assert result.stats.refused_b.tolist() == [1]
+
+
+@pytest.mark.parametrize("rule", RULES)
 def test_a_bonus_is_emitted_and_counted_in_no_draft(rule: str):
     """[1 2 0 | 1], [2 0 1 | 2]: two rounds of three accepted and a bonus. A bonus that is the end counts the same."""
     for eos_id in (None, 3):
@@ -105,7 +115,8 @@ def test_a_finished_row_waits_without_being_counted(rule: str):
     result = worked(rule, DRAFT, [0, 3] * 4, eos_id=1)
     assert result.tokens.tolist() == [[1] + [9] * 7, [3] * 8] * 4
     assert result.rounds.tolist() == [1, 8] * 4
-    assert result.stats.drafted_bj.tolist() == [[1, 0, 0], [8, 7, 6]] * 4
+    # They draft [0 1 ·]: what stands at · is behind a drafted end.
+    assert result.stats.drafted_bj.tolist() == [[1, 0, 0], [8, 7, 0]] * 4
     assert result.stats.refused_b.tolist() == [0, 8] * 4
 
 
@@ -195,6 +206,16 @@ def test_rates_are_over_all_rows_together():
     np.testing.assert_allclose(result.acceptance_rate, 6 / 7, rtol=1e-6)
     np.testing.assert_allclose(result.mean_accepted_length, 6 / 5, rtol=1e-6)
     np.testing.assert_allclose(result.block_efficiency, 11 / 5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_dtypes_under_x64(rule: str):
+    with jax.enable_x64(True):
+        result = worked(rule, DRAFT, [0, 1])
+        counts = result.stats, result.tokens, result.rounds, result.drafted, result.accepted
+        rates = result.acceptance_by_position, result.acceptance_rate, result.block_efficiency
+        assert {x.dtype for x in jax.tree.leaves(counts)} == {jnp.dtype(jnp.int32)}
+        assert {x.dtype for x in (*rates, result.mean_accepted_length)} == {jnp.dtype(jnp.float32)}
 
 
 def test_rates_of_calls_under_vmap_are_over_all_their_rows():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from typing import Any
 
@@ -132,6 +133,18 @@ def test_edges(name: str):
     ended = decode(name, 3, prompt=[[4]], prompt_length=[1], eos_id=first)
     assert ended.lengths.tolist() == [1]
     assert ended.tokens[0].tolist() == [first] + [23] * (NEW_TOKENS - 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_integers_stay_int32_under_x64(name: str):
+    """Promotion is strict here. Traced only."""
+    decode_with = functools.partial(decode, name, 2, eos_id=3, sampling=Sampling(temperature=0.5, top_k=3, top_p=0.9))
+    # Made beforehand: it is kept for other tests.
+    strategy(name, CONFIG, 2)
+    with jax.enable_x64(True):
+        for rule in ("rejection", "block", "coupled"):
+            result = jax.eval_shape(lambda key, rule=rule: decode_with(key=key, verification=rule), jax.random.key(0))
+            assert {x.dtype for x in jax.tree.leaves(result)} == {np.dtype(np.int32)}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -63,11 +63,11 @@ class Toy:
     def __call__(self, tokens_bt: jax.Array, cache: TokenCache | None = None) -> ToyOutput:
         batch, positions = tokens_bt.shape
         slots = self.init_cache(batch, positions) if cache is None else cache
-        position_bt = slots.length_b[:, None] + jnp.arange(positions)[None, :]
-        row_b1 = jnp.arange(batch)[:, None]
+        position_bt = slots.length_b[:, None] + jnp.arange(positions, dtype=jnp.int32)[None, :]
+        row_b1 = jnp.arange(batch, dtype=jnp.int32)[:, None]
         tokens_bs = slots.tokens_bs.at[row_b1, position_bt].set(tokens_bt, mode="drop")
 
-        slot_11s = jnp.arange(tokens_bs.shape[1])[None, None, :]
+        slot_11s = jnp.arange(tokens_bs.shape[1], dtype=jnp.int32)[None, None, :]
         read_bts = slot_11s <= position_bt[:, :, None]
         parity_bt = jnp.where(read_bts, ((slot_11s + 1) * tokens_bs[:, None, :]) % 2, 0).sum(-1) % 2
         before_bt = jnp.take_along_axis(tokens_bs, jnp.maximum(position_bt - 1, 0), axis=1, mode="clip")
