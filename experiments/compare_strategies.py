@@ -37,7 +37,7 @@ from experiments.measure import PLAIN, Measurement, measure_costs, measure_decod
 from experiments.output import make_folder, write_whole
 from experiments.report import machine
 from experiments.runtime import exit_with, require_one_process, use_compilation_cache
-from experiments.session import Task, finish
+from experiments.session import Task, check_output, finish
 
 CELLS = "cells"
 DRAFT, EXIT, PROPHET, NGRAM, SKIP = "small draft", "early exit", "prophet", "n-gram", "layer skip"
@@ -112,16 +112,19 @@ class Row:
 
 def train_all(config: CompareConfig, console: Console) -> DecodingRunConfig:
     """Trains what is not trained yet; returns the small draft's configuration, whose sizes all share."""
-    configs = {}
+    runs = {}
     for name, (presets, task) in TRAINED.items():
         preset = presets[config.preset][1]
         folder = config.output / name.replace(" ", "_")
         steps = preset.steps if config.steps is None else config.steps
         changed = dataclasses.replace(preset, output=folder, steps=steps, report=False, sample_every=0)
-        configs[name] = changed
-        if code := finish(changed, task(changed), console):
+        runs[name] = changed, task(changed)
+    for run, task in runs.values():
+        check_output(run, task)
+    for run, task in runs.values():
+        if code := finish(run, task, console):
             raise SystemExit(code)
-    return configs[DRAFT]
+    return runs[DRAFT][0]
 
 
 def prompts_of(split: np.ndarray, kind: str, *, count: int, length: int) -> np.ndarray:

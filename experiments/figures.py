@@ -45,7 +45,7 @@ def save_acceptance(path: pathlib.Path, by_position: Mapping[str, Sequence[float
         positions = range(1, len(fractions) + 1)
         axes.plot(positions, fractions, color=_shade(index, len(by_position)), marker="o", markersize=4, label=name)
     axes.set_ylim(0, 1)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     _legend(axes, ncols=2)
     figure.savefig(path)
 
@@ -65,7 +65,7 @@ def save_speedup(path: pathlib.Path, measured: Mapping[str, Points], predicted: 
         if name in predicted:
             axes.plot(*_columns(predicted[name]), color=f"C{index}", linestyle="--", label=f"{name}, formula")
     axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     _legend(axes, loc="lower right")
     figure.savefig(path)
 
@@ -121,7 +121,7 @@ def save_panels(path: pathlib.Path, grid: Sequence[Sequence[Panel]]) -> None:
             for name, points in panel.formula.items():
                 axes.plot(*_columns(points), color=colours[name], linestyle="--", linewidth=1)
             axes.set_ylim(bottom=panel.bottom)
-            axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
             if panel.own_legend:
                 # Room above the lines for rows of two names.
                 bottom, top = axes.get_ylim()

@@ -168,21 +168,34 @@ def finish(config: RunConfig, task: Task, console: Console) -> int:
     """`run`, from the last checkpoint on where the output folder holds one, and not at all where that is the end.
 
     Raises:
-      ValueError: the folder holds a run of another configuration or of another text, or what may not be of a run.
+      ValueError: the folder holds a run of another configuration or of another text, or of more steps, or what may not
+        be of a run.
     """
-    step, configuration = newest(config.output) or (None, read_configuration(config.output))
-    wanted = _configuration(config, task, load_text(config.data))
-    if configuration is not None and (different := differences(configuration, wanted)):
-        raise ValueError(f"output must hold this run or none, got {config.output} with {'; '.join(different)}")
+    step, begun = check_output(config, task)
     if step is None:
         # It begins anew if it ended before its first checkpoint. What else may be there is not to be deleted.
-        begun = configuration is not None
         return run(dataclasses.replace(config, overwrite=begun), task, console, go_on=SAME_COMMAND)
-    _check_steps(step, config)
     if step == config.steps:
         console.print(f"{task.kind} in {config.output}: trained already")
         return 0
     return run(dataclasses.replace(config, resume=True), task, console, go_on=SAME_COMMAND)
+
+
+def check_output(config: RunConfig, task: Task) -> tuple[int | None, bool]:
+    """The steps of the last checkpoint in a run's output folder, None without one; and whether the run has begun there.
+
+    Studies ask for every run before they train the first.
+
+    Raises:
+      ValueError: as `finish`.
+    """
+    step, found = newest(config.output) or (None, read_configuration(config.output))
+    wanted = _configuration(config, task, load_text(config.data))
+    if found is not None and (different := differences(wanted, found)):
+        raise ValueError(f"output must hold this run or none, got {config.output} with {'; '.join(different)}")
+    if step is not None:
+        _check_steps(step, config)
+    return step, found is not None
 
 
 def _configuration(config: RunConfig, task: Task, text: Text) -> dict[str, Any]:

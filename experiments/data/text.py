@@ -46,7 +46,7 @@ class Text:
                 raise ValueError(
                     f"data must have at least sequence_length + 1 = {need} bytes in each part, got {length} "
                     f"in the {part} part of {self.name!r} ({len(self)} bytes, split 90 / 5 / 5); give at "
-                    f"least {need * 100 // VALIDATION_PERCENT} bytes of text, or a shorter sequence_length"
+                    f"least {need * 100 // VALIDATION_PERCENT} bytes of text"
                 )
 
     def fingerprint(self) -> str:

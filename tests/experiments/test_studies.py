@@ -1,12 +1,17 @@
 """Runs that are parts of a study: started again, they go on, or begin anew, or are done."""
 
 import dataclasses
+import pathlib
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments import session, train_draft
+from experiments import compare_experts, compare_prophet_training, compare_strategies, session, train_draft
+from experiments.data import Text
+from experiments.output import write_configuration
 from experiments.session import finish
 from tests.experiments.runs import steps_kept, tiny_config, train
 
@@ -39,7 +44,7 @@ def test_a_study_deletes_only_what_it_began(tmp_path, monkeypatch: pytest.Monkey
         assert not (config.output / "report.json").exists()
     (config.output / "report.json").write_text("of the second start")
     other = dataclasses.replace(config, seed=1)
-    with pytest.raises(ValueError, match=r"output must hold this run or none, got .* with seed: expected 0, got 1"):
+    with pytest.raises(ValueError, match=r"output must hold this run or none, got .* with seed: expected 1, got 0"):
         finish(other, train_draft.task(other), Console(quiet=True))
     assert start() == 0
     assert not (config.output / "report.json").exists()
@@ -57,7 +62,7 @@ def test_a_study_goes_on_with_its_own_run_and_not_past_its_end(tmp_path, monkeyp
         return finish(changed, train_draft.task(changed), Console(quiet=True))
 
     assert start() == 0
-    with pytest.raises(ValueError, match=r"output must hold this run or none, got .* with seed: expected 0, got 1"):
+    with pytest.raises(ValueError, match=r"output must hold this run or none, got .* with seed: expected 1, got 0"):
         start(seed=1)
     assert not started
     found = session.newest(config.output)
@@ -68,3 +73,44 @@ def test_a_study_goes_on_with_its_own_run_and_not_past_its_end(tmp_path, monkeyp
     assert start() == 0
     words = {"go_on": "the same command"}
     assert started == [(dataclasses.replace(config, **{how: True}), words) for how in ("resume", "overwrite")]
+
+
+def train_experts(output: pathlib.Path) -> None:
+    compare_experts.run_all(compare_experts.CompareConfig(output=output), Console(quiet=True))
+
+
+def train_strategies(output: pathlib.Path) -> None:
+    compare_strategies.train_all(compare_strategies.CompareConfig(output=output), Console(quiet=True))
+
+
+def train_prophets(output: pathlib.Path) -> None:
+    config = compare_prophet_training.CompareConfig(output=output, seeds=2)
+    compare_prophet_training.train_all(config, Console(quiet=True))
+
+
+@pytest.mark.parametrize(
+    ("train_all", "last"),
+    [
+        (train_experts, f"{compare_experts.CompareConfig().variants[-1]}_0"),
+        (train_strategies, "prophet"),
+        (train_prophets, f"{[*compare_prophet_training.WAYS][-1].replace(', ', '_').replace(' ', '_')}_1"),
+    ],
+)
+def test_a_study_looks_at_every_folder_before_it_trains(
+    train_all: Callable[[pathlib.Path], None], last: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Another run is in the place of the one that it would train last."""
+    text = np.frombuffer(b"some text " * 500, np.uint8)
+    short = Text(name="text", description="", train=text, validation=text, test=text)
+    monkeypatch.setattr(session, "load_text", lambda _: short)
+    trained: list[str] = []
+    monkeypatch.setattr(session, "run", lambda config, *_, **__: trained.append(config.output.name) or 1)
+    with pytest.raises(SystemExit):
+        train_all(tmp_path)
+    assert len(trained) == 1
+    (tmp_path / last).mkdir()
+    write_configuration(tmp_path / last, {"kind": "another"})
+    message = rf"output must hold this run or none, got \S*/{last} with .*kind: expected 'train_\w+', got 'another'"
+    with pytest.raises(ValueError, match=message):
+        train_all(tmp_path)
+    assert len(trained) == 1

@@ -184,7 +184,7 @@ def test_variants_are_compared(tmp_path, monkeypatch: pytest.MonkeyPatch):
     assert compare_experts.main(arguments) == 0
     assert (output / "sparse_0" / "metrics.jsonl").stat().st_mtime_ns == trained
     (tmp_path / "other.txt").write_bytes((tmp_path / "text.txt").read_bytes()[::-1])
-    with pytest.raises(ValueError, match=r"output must hold this run or none, .* text: expected 'text.txt, SHA"):
+    with pytest.raises(ValueError, match=r"output must hold this run or none, .* text: expected 'other.txt, SHA"):
         compare_experts.main([*arguments, "--data", str(tmp_path / "other.txt")])
 
 
