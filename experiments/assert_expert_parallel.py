@@ -76,7 +76,7 @@ class AssertConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        at_least(1, self, "devices", "data", "expert", "batch", "length")
+        at_least(1, self, "devices", "data", "expert", "num_experts", "experts_per_token", "batch", "length")
         at_least(0, self, "tolerance")
         check_seed(self.seed)
         try:

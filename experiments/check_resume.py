@@ -29,6 +29,7 @@ from experiments.checks import at_least
 from experiments.command_line import given_config
 from experiments.metrics import FILE as METRICS
 from experiments.metrics import read_metrics
+from experiments.output import make_folder
 from experiments.runtime import exit_with
 from experiments.train_state import TrainState
 from experiments.training import state_parts
@@ -122,9 +123,14 @@ def disturbed_run(config: train_draft.TrainDraftConfig, *, kills: int, dice: ran
         with log.open("wb") as output:
             flag = "--overwrite" if begin is None else "--resume"
             process = subprocess.Popen([*command(config), flag], stdout=output, stderr=subprocess.STDOUT)
-        if attempt < kills:
-            _kill_somewhere(process, config, begin or 0, dice)
-        code = process.wait()
+        try:
+            if attempt < kills:
+                _kill_somewhere(process, config, begin or 0, dice)
+            code = process.wait()
+        finally:
+            # It does not outlive a check that is interrupted.
+            process.kill()
+            process.wait()
         if code not in ((0,) if attempt == kills else (0, -signal.SIGKILL)):
             raise RuntimeError(f"the run ended with code {code}:\n{log.read_text()[-3000:]}")
         found.append(_newest(config.output) or 0)
@@ -187,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if config.folder is not None:
         if config.folder.exists() and (not config.folder.is_dir() or any(config.folder.iterdir())):
             raise ValueError(f"folder must be empty or not exist, got {config.folder}")
-        config.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(config.folder, argument="folder")
         return check(config, config.folder, console)
     with tempfile.TemporaryDirectory() as folder:
         return check(config, pathlib.Path(folder), console)

@@ -28,8 +28,13 @@ def save_loss_curves(path: pathlib.Path, training: Mapping[str, Points], validat
       validation: the same on validation text, drawn thick.
     """
     figure, axes = _new("training step", "bits per byte", "Loss on text")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     for index, (name, points) in enumerate(training.items()):
-        axes.plot(*_columns(points), color=f"C{index}", alpha=0.4, linewidth=1, label=f"{name}, training")
+        # A line of one point would not be seen.
+        marker = "." if len(points) == 1 else ""
+        axes.plot(
+            *_columns(points), color=f"C{index}", alpha=0.4, linewidth=1, marker=marker, label=f"{name}, training"
+        )
     for index, (name, points) in enumerate(validation.items()):
         steps, bits = _columns(points)
         label = f"{name}, validation" + (f", {bits[-1]:.2f} at the end" if points else "")

@@ -22,8 +22,12 @@ CONTENTS = (
 )  # fmt: skip
 
 
-def make_folder(output: pathlib.Path) -> None:
+def make_folder(output: pathlib.Path, *, argument: str = "output") -> None:
     """Makes a folder to write to.
+
+    Args:
+      output: the folder.
+      argument: what the user calls it.
 
     Raises:
       ValueError: it cannot be made, or not be written to.
@@ -34,7 +38,7 @@ def make_folder(output: pathlib.Path) -> None:
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise ValueError(f"output must be a folder that can be written, got {output}: {error}") from error
+        raise ValueError(f"{argument} must be a folder that can be written, got {output}: {error}") from error
 
 
 def make_folder_of(file: pathlib.Path) -> None:

@@ -23,14 +23,13 @@ from rich.progress import track
 from rich.table import Table
 
 import spec_jax
-from experiments.checkpoints import run_folder
 from experiments.checks import at_least
 from experiments.command_line import given_config
 from experiments.data import load_text, validation_batches
 from experiments.expert_decoder import weights_read
 from experiments.generate import load_run
 from experiments.measure import leviathan_speedup
-from experiments.output import LAYER_SKIP_FILE, write_whole
+from experiments.output import LAYER_SKIP_FILE, make_folder, write_whole
 from experiments.runtime import exit_with, use_compilation_cache
 from spec_jax.layers import rotary_angles
 
@@ -164,6 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             max_batches=config.batches,
         )
     )
+    make_folder(run.folder, argument="checkpoint")
     way = search(run.target, batches, max_gamma=config.max_gamma, scoring_cost=config.scoring_cost)
     best = max(way, key=lambda found: found.speedup)
     table = Table("attention skipped", "feed-forward skipped", "accepted", "c", "γ", "predicted", "")
@@ -176,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(table)
     if best.speedup < 1:
         console.print("No set is predicted to be faster than plain decoding.")
-    path = run_folder(config.checkpoint) / LAYER_SKIP_FILE
+    path = run.folder / LAYER_SKIP_FILE
     write_whole(
         path, json.dumps({"best": dataclasses.asdict(best), "way": [dataclasses.asdict(f) for f in way]}, indent=2)
     )

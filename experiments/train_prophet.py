@@ -60,7 +60,8 @@ class TrainProphetConfig(DecodingRunConfig):
         super().__post_init__()
         self.check_drafting("prophet")
         at_least(0, self, "prophet_loss_weight")
-        if not 1 <= self.num_leading_start_tokens < self.prophet_train_length <= self.sequence_length + 1:
+        at_least(1, self, "num_leading_start_tokens")
+        if not self.num_leading_start_tokens < self.prophet_train_length <= self.sequence_length + 1:
             raise ValueError(
                 "prophet_train_length must be above num_leading_start_tokens and at most sequence_length + 1, got "
                 f"{self.prophet_train_length} with {self.num_leading_start_tokens} and {self.sequence_length}"

@@ -41,4 +41,6 @@ def test_meshes():
             AssertConfig(tolerance=tolerance)
     with pytest.raises(ValueError, match=r"^experts_per_token must be at most num_experts \(4\), got 8"):
         AssertConfig(num_experts=4, experts_per_token=8)
+    with pytest.raises(ValueError, match="num_experts must be at least 1, got 0"):
+        AssertConfig(num_experts=0)
     assert AssertConfig(num_experts=1).layer().router == TopN(n=1)

@@ -1,5 +1,9 @@
 import io
 import os
+import random
+import subprocess
+import sys
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -26,3 +30,20 @@ def test_a_folder_with_something_in_it_is_refused(tmp_path):
     (tmp_path / "run0").mkdir()
     with pytest.raises(ValueError, match="folder must be empty or not exist, got "):
         check_resume.main(["--folder", str(tmp_path)])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="folder must be a folder that can be written, got "):
+        check_resume.main(["--folder", str(tmp_path / "file" / "folder")])
+
+
+def test_no_run_outlives_an_interrupted_check(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    runs = []
+
+    def interrupted(process: subprocess.Popen[bytes], *_: Any) -> None:
+        runs.append(process)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(check_resume, "command", lambda _: [sys.executable, "-c", "import time; time.sleep(600)"])
+    monkeypatch.setattr(check_resume, "_kill_somewhere", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        check_resume.disturbed_run(check_resume.tiny_config(tmp_path / "run", 9), kills=1, dice=random.Random(0))
+    assert [process.returncode for process in runs] == [-9]

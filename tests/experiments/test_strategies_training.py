@@ -209,6 +209,10 @@ def test_the_target_does_not_depend_on_the_prophet():
         ),
         (lambda: train_early_exit.TrainEarlyExitConfig(early_exit_loss_weight=-1.0), "early_exit_loss_weight must be"),
         (lambda: train_prophet.TrainProphetConfig(prophet_train_length=2), "prophet_train_length must be above num_l"),
+        (
+            lambda: train_prophet.TrainProphetConfig(num_leading_start_tokens=0),
+            "num_leading_start_tokens must be at least 1, got 0",
+        ),
         (lambda: train_prophet.TrainProphetConfig(prophet_loss_weight=float("nan")), "prophet_loss_weight must be at"),
         (
             lambda: train_prophet.TrainProphetConfig(prophet=dataclasses.replace(TARGET, vocab_size=300)),
