@@ -1,5 +1,6 @@
 """Weights from the PyTorch package st-moe-pytorch."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,8 @@ from moe_jax.routing import SlotOrder, TopN
 
 StateDict = Mapping[str, Any]
 
+# Configuration here, weights there.
+THRESHOLDS = re.compile(r"(moe\.)?gate\.threshold_(train|eval)")
 # What arguments of ours are called there.
 THEIR_NAMES = {
     "n": "gating_top_n",
@@ -136,8 +139,8 @@ class _Weights:
 
     def __init__(self, state_dict: StateDict) -> None:
         instance("state_dict", state_dict, Mapping)
-        self.arrays = {name: np.asarray(array) for name, array in state_dict.items()}
-        self.left = {name for name in self.arrays if "threshold" not in name}
+        self.arrays = {str(name): np.asarray(array) for name, array in state_dict.items()}
+        self.left = {name for name in self.arrays if not THRESHOLDS.fullmatch(name)}
 
     def take(self, name: str) -> np.ndarray:
         if name not in self.arrays:
@@ -154,6 +157,8 @@ class _Weights:
         for name, array in zip(names, arrays):
             if array.shape != shape:
                 raise ValueError(f"{name} must be {shape}, got {array.shape}")
+            if not jnp.issubdtype(array.dtype, jnp.floating):
+                raise ValueError(f"{name} must be floating point, got {array.dtype}")
         param[...] = jnp.asarray(np.stack([a.T for a in arrays]) if stacked else arrays[0].T, param.dtype)
 
     def check_all_used(self) -> None:

@@ -162,7 +162,7 @@ def _config(constructor_args: Mapping[str, Any]) -> DecoderConfig:
 
 def _load(model: Any, names: Mapping[str, str], state_dict: Mapping[str, ArrayLike]) -> Any:
     """The module with the weights filled in; `names` may name more than it has."""
-    given = {name: np.asarray(value) for name, value in state_dict.items() if not name.endswith(_IGNORED)}
+    given = {str(name): np.asarray(value) for name, value in state_dict.items() if not str(name).endswith(_IGNORED)}
     paths, structure = jax.tree_util.tree_flatten_with_path(model)
     expected = {names[_name(path)] for path, _ in paths}
     missing, left_over = sorted(expected - set(given)), sorted(set(given) - expected)
@@ -175,6 +175,8 @@ def _load(model: Any, names: Mapping[str, str], state_dict: Mapping[str, ArrayLi
         value = value.T if _name(path).endswith(".kernel") else value
         if value.shape != leaf.shape:
             raise ValueError(f"state_dict[{names[_name(path)]!r}] must have shape {leaf.shape}, got {value.shape}")
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise ValueError(f"state_dict[{names[_name(path)]!r}] must be floating point, got {value.dtype}")
         leaves.append(jnp.asarray(value, leaf.dtype))
     return jax.tree_util.tree_unflatten(structure, leaves)
 

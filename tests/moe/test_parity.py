@@ -231,8 +231,14 @@ def test_thresholds_in_the_state_dict_are_not_read():
 def test_a_state_dict_that_does_not_fit_is_refused():
     description, arrays = parity_case("moe_e4_top2_train")
     weights = with_prefix(arrays, "param/")
-    with pytest.raises(ValueError, match="left over"):
-        moe_from_torch(weights | {"surplus": np.zeros(3)}, **description["args"])
+    for name in ("surplus", "a.threshold_train", "experts.gate.threshold_eval", 3):
+        more: dict[Any, np.ndarray] = weights | {name: np.zeros(3)}
+        with pytest.raises(ValueError, match=f"left over: {name}"):
+            moe_from_torch(more, **description["args"])
+    for dtype in (bool, np.int32, np.complex64, str, object):
+        other = weights["gate.to_gates.weight"].astype(dtype)
+        with pytest.raises(ValueError, match=r"gate\.to_gates\.weight must be floating point, got "):
+            moe_from_torch(weights | {"gate.to_gates.weight": other}, **description["args"])
     with pytest.raises(ValueError, match=r"must have 'gate\.to_gates\.weight'"):
         moe_from_torch({k: v for k, v in weights.items() if "to_gates" not in k}, **description["args"])
     for name, wanted in (("gate.to_gates.weight", (4, 32)), ("experts.experts.1.net.0.bias", (170,))):

@@ -95,6 +95,12 @@ def without(name: str) -> dict[str, np.ndarray]:
             {},
             r"state_dict\['layers.1.0.to_out.weight'\] must have shape \(64, 64\), got \(63, 64\)",
         ),
+        (STATE | {3: np.zeros(1)}, {}, r"state_dict .* missing \[\], left over \['3'\]"),
+        (
+            STATE | {"layers.1.0.to_out.weight": np.zeros((64, 64), complex)},
+            {},
+            r"state_dict\['layers.1.0.to_out.weight'\] must be floating point, got complex128",
+        ),
         (STATE, {"depth": 2}, r"missing \[\], left over \['layers.2.0.norm.weight'"),
         (STATE, {"depth": 4}, r"missing \['layers.3.0.norm.weight'"),
         (STATE, {"num_tokens": 51}, r"state_dict\['token_emb.weight'\] must have shape \(51, 64\), got \(50, 64\)"),
