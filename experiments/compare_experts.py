@@ -33,7 +33,7 @@ from experiments.metrics import read_metrics
 from experiments.output import make_folder
 from experiments.report import machine
 from experiments.runtime import exit_with, require_one_process, use_compilation_cache
-from experiments.session import check_output, finish
+from experiments.session import finish_each
 from experiments.train_moe import PRESETS, VARIANTS, TrainMoEConfig
 from experiments.train_state import num_parameters
 from spec_jax.losses import bits_per_byte, next_token_loss
@@ -179,12 +179,9 @@ def result_of(variant: str, config: TrainMoEConfig) -> Result:
 def run_all(config: CompareConfig, console: Console) -> list[Result]:
     """Trains what is not trained yet, and reads all of it."""
     runs = [(variant, config.run(variant, seed)) for seed in range(config.seeds) for variant in config.variants]
-    for _, run in runs:
-        check_output(run, train_moe.task(run))
+    finished = finish_each([(run, train_moe.task(run)) for _, run in runs], console)
     results = []
-    for variant, run in runs:
-        if code := finish(run, train_moe.task(run), console):
-            raise SystemExit(code)
+    for (variant, run), _ in zip(runs, finished, strict=True):
         results.append(result_of(variant, run))
         # A process may map only so much memory, and each compiled program maps some.
         jax.clear_caches()

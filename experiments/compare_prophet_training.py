@@ -10,7 +10,6 @@ validation loss of the target and prints the paired differences. Finished runs a
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import pathlib
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from experiments.figures import Panel, save_panels
 from experiments.metrics import read_metrics
 from experiments.report import machine
 from experiments.runtime import exit_with, require_one_process
-from experiments.session import check_output, finish
+from experiments.session import finish_each
 from spec_jax import DecoderConfig
 from spec_jax.losses import bits_per_byte
 
@@ -82,18 +81,17 @@ def configuration(config: CompareConfig, way: str, seed: int) -> train_prophet.T
     return dataclasses.replace(preset, **changed | WAYS[way])
 
 
-def train_all(config: CompareConfig, console: Console) -> dict[str, list[list[tuple[float, float]]]]:
-    """Trains what is not trained yet; returns the curves of all seeds, by way."""
+def curves_of(config: CompareConfig, console: Console) -> dict[str, list[list[tuple[float, float]]]]:
+    """The curves of all seeds, by way, after training what is not trained yet."""
     runs = {way: [configuration(config, way, seed) for seed in range(config.seeds)] for way in WAYS}
-    for run in itertools.chain.from_iterable(runs.values()):
-        check_output(run, train_prophet.task(run))
-    return {way: [curve(run, console) for run in seeds] for way, seeds in runs.items()}
+    every = [(run, train_prophet.task(run)) for seeds in runs.values() for run in seeds]
+    for _ in finish_each(every, console):
+        pass
+    return {way: [curve(run) for run in seeds] for way, seeds in runs.items()}
 
 
-def curve(run: train_prophet.TrainProphetConfig, console: Console) -> list[tuple[float, float]]:
-    """(step, bits per byte of the target on validation text), after training where it is not done yet."""
-    if code := finish(run, train_prophet.task(run), console):
-        raise SystemExit(code)
+def curve(run: train_prophet.TrainProphetConfig) -> list[tuple[float, float]]:
+    """(step, bits per byte of the target on validation text) of a finished run."""
     name = "validation/target_loss"
     return [(r["step"], bits_per_byte(r[name])) for r in read_metrics(run.output) if name in r]
 
@@ -103,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = given_config("compare_prophet_training", CompareConfig, arguments, __doc__)
     require_one_process()
     console = Console()
-    curves = train_all(config, console)
+    curves = curves_of(config, console)
     # Where runs are of an earlier start with another `validate_every`, these are the points that all have.
     shared = set.intersection(*({step for step, _ in run} for runs in curves.values() for run in runs))
     curves = {way: [[point for point in run if point[0] in shared] for run in runs] for way, runs in curves.items()}

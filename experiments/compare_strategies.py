@@ -37,7 +37,7 @@ from experiments.measure import PLAIN, Measurement, measure_costs, measure_decod
 from experiments.output import make_folder, write_whole
 from experiments.report import machine
 from experiments.runtime import exit_with, require_one_process, use_compilation_cache
-from experiments.session import Task, check_output, finish
+from experiments.session import Task, finish_each
 
 CELLS = "cells"
 DRAFT, EXIT, PROPHET, NGRAM, SKIP = "small draft", "early exit", "prophet", "n-gram", "layer skip"
@@ -119,11 +119,8 @@ def train_all(config: CompareConfig, console: Console) -> DecodingRunConfig:
         steps = preset.steps if config.steps is None else config.steps
         changed = dataclasses.replace(preset, output=folder, steps=steps, report=False, sample_every=0)
         runs[name] = changed, task(changed)
-    for run, task in runs.values():
-        check_output(run, task)
-    for run, task in runs.values():
-        if code := finish(run, task, console):
-            raise SystemExit(code)
+    for _ in finish_each(list(runs.values()), console):
+        pass
     return runs[DRAFT][0]
 
 
@@ -172,7 +169,7 @@ def measure_all(
         for name, target in targets.items():
             cell = config.output / CELLS / f"{name.replace(' ', '_')}_{batch}.json"
             measure = partial(measure_cell, config, name, target, partial(drafter, name), texts, console)
-            models = runs[name if name in runs else DRAFT].models
+            models = runs[name].models if name in runs else target
             rows += kept_cell(cell, config, models, measure)
     return rows
 

@@ -28,13 +28,10 @@ def save_loss_curves(path: pathlib.Path, training: Mapping[str, Points], validat
       validation: the same on validation text, drawn thick.
     """
     figure, axes = _new("training step", "bits per byte", "Loss on text")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    _whole_numbers(axes)
     for index, (name, points) in enumerate(training.items()):
-        # A line of one point would not be seen.
-        marker = "." if len(points) == 1 else ""
-        axes.plot(
-            *_columns(points), color=f"C{index}", alpha=0.4, linewidth=1, marker=marker, label=f"{name}, training"
-        )
+        colour, label = f"C{index}", f"{name}, training"
+        axes.plot(*_columns(points), color=colour, alpha=0.4, linewidth=1, marker=_marker(points), label=label)
     for index, (name, points) in enumerate(validation.items()):
         steps, bits = _columns(points)
         label = f"{name}, validation" + (f", {bits[-1]:.2f} at the end" if points else "")
@@ -50,7 +47,7 @@ def save_acceptance(path: pathlib.Path, by_position: Mapping[str, Sequence[float
         positions = range(1, len(fractions) + 1)
         axes.plot(positions, fractions, color=_shade(index, len(by_position)), marker="o", markersize=4, label=name)
     axes.set_ylim(0, 1)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    _whole_numbers(axes)
     _legend(axes, ncols=2)
     figure.savefig(path)
 
@@ -68,9 +65,10 @@ def save_speedup(path: pathlib.Path, measured: Mapping[str, Points], predicted: 
     for index, (name, points) in enumerate(measured.items()):
         axes.plot(*_columns(points), color=f"C{index}", linewidth=2, marker="o", label=f"{name}, measured")
         if name in predicted:
-            axes.plot(*_columns(predicted[name]), color=f"C{index}", linestyle="--", label=f"{name}, formula")
+            formula, label = predicted[name], f"{name}, formula"
+            axes.plot(*_columns(formula), color=f"C{index}", linestyle="--", marker=_marker(formula), label=label)
     axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    _whole_numbers(axes)
     _legend(axes, loc="lower right")
     figure.savefig(path)
 
@@ -124,9 +122,9 @@ def save_panels(path: pathlib.Path, grid: Sequence[Sequence[Panel]]) -> None:
                     *_columns(points), color=colour, marker=marker, markersize=3, linewidth=1.5
                 )
             for name, points in panel.formula.items():
-                axes.plot(*_columns(points), color=colours[name], linestyle="--", linewidth=1)
+                axes.plot(*_columns(points), color=colours[name], linestyle="--", linewidth=1, marker=_marker(points))
             axes.set_ylim(bottom=panel.bottom)
-            axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+            _whole_numbers(axes, nbins=6)
             if panel.own_legend:
                 # Room above the lines for rows of two names.
                 bottom, top = axes.get_ylim()
@@ -151,6 +149,16 @@ def _new(x: str, y: str, title: str) -> tuple[Figure, Axes]:
     axes.grid(color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def _whole_numbers(axes: Axes, **options: Any) -> None:
+    """Along the horizontal axis, even where there is but one."""
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, **options))
+
+
+def _marker(points: Points) -> str:
+    """A line of one point would not be seen."""
+    return "." if len(points) == 1 else ""
 
 
 def _columns(points: Points) -> tuple[list[float], list[float]]:

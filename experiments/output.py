@@ -75,15 +75,26 @@ def _check_run(output: pathlib.Path) -> None:
 
 
 def _delete_run(output: pathlib.Path, *, overwrite: bool) -> None:
-    present = [name for name in CONTENTS if (output / name).exists()]
-    if present and not overwrite:
-        going_on = "add --resume to go on with that run, " if checkpoints.has_checkpoint(output) else "add "
-        raise ValueError(
-            f"output must be a folder without a run, got {output}, which holds {', '.join(present)}: {going_on}"
-            "--overwrite to delete it, or choose another --output"
-        )
-    for name in present:
+    if not overwrite:
+        try:
+            check_no_run(output)
+        except ValueError as error:
+            going_on = "add --resume to go on with that run, " if checkpoints.has_checkpoint(output) else "add "
+            raise ValueError(f"{error}: {going_on}--overwrite to delete it, or choose another --output") from None
+    for name in _present(output):
         _delete(output / name)
+
+
+def check_no_run(output: pathlib.Path) -> None:
+    """Raises ValueError where a folder holds what may be of a run, or is none."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output must be a folder, got the file {output}")
+    if present := _present(output):
+        raise ValueError(f"output must be a folder without a run, got {output}, which holds {', '.join(present)}")
+
+
+def _present(output: pathlib.Path) -> list[str]:
+    return [name for name in CONTENTS if (output / name).exists()]
 
 
 def _delete(path: pathlib.Path) -> None:

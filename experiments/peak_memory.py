@@ -23,12 +23,17 @@ def peak_memory(make_call: Callable[..., Callable[[int], Any]], *args: Any) -> i
       *args: its arguments.
 
     Raises:
-      ValueError: the system is not Linux, where resetting a process's high-water mark is a file to write to.
+      ValueError: the system is not Linux.
     """
-    if not CLEAR_REFS.exists():
-        raise ValueError(f"peak memory can be measured on Linux only, got a system without {CLEAR_REFS}")
+    check_measurable()
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_added_by_call, make_call, args).result()
+
+
+def check_measurable() -> None:
+    """Raises ValueError where the system is not Linux: resetting a process's high-water mark is a file to write to."""
+    if not CLEAR_REFS.exists():
+        raise ValueError(f"memory must be left out where the system is not Linux, got one without {CLEAR_REFS}")
 
 
 def _added_by_call(make_call: Callable[..., Callable[[int], Any]], args: tuple[Any, ...]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from experiments.checkpoints import Checkpoints, newest, open_run, run_folder
 from experiments.config import RunConfig, as_json, differences
 from experiments.data import Text, is_read, load_text
 from experiments.metrics import Metrics, wandb_module
-from experiments.output import prepare_output, read_configuration, write_configuration
+from experiments.output import check_no_run, prepare_output, read_configuration, write_configuration
 from experiments.progress import TrainingProgress
 from experiments.runtime import start_processes, use_compilation_cache
 from experiments.signals import StopRequest
@@ -171,7 +171,7 @@ def finish(config: RunConfig, task: Task, console: Console) -> int:
       ValueError: the folder holds a run of another configuration or of another text, or of more steps, or what may not
         be of a run.
     """
-    step, begun = check_output(config, task)
+    step, begun = _found(config, task)
     if step is None:
         # It begins anew if it ended before its first checkpoint. What else may be there is not to be deleted.
         return run(dataclasses.replace(config, overwrite=begun), task, console, go_on=SAME_COMMAND)
@@ -181,10 +181,23 @@ def finish(config: RunConfig, task: Task, console: Console) -> int:
     return run(dataclasses.replace(config, resume=True), task, console, go_on=SAME_COMMAND)
 
 
-def check_output(config: RunConfig, task: Task) -> tuple[int | None, bool]:
-    """The steps of the last checkpoint in a run's output folder, None without one; and whether the run has begun there.
+def finish_each(runs: Sequence[tuple[RunConfig, Task]], console: Console) -> Iterator[RunConfig]:
+    """`finish` for the runs of a study, one after the other; each is yielded when it is done.
 
-    Studies ask for every run before they train the first.
+    Raises:
+      ValueError: as `finish`, whichever of them it is, before the first is trained.
+      SystemExit: a signal ended one.
+    """
+    for config, task in runs:
+        _found(config, task)
+    for config, task in runs:
+        if code := finish(config, task, console):
+            raise SystemExit(code)
+        yield config
+
+
+def _found(config: RunConfig, task: Task) -> tuple[int | None, bool]:
+    """The steps of the last checkpoint in a run's output folder, None without one; and whether the run has begun there.
 
     Raises:
       ValueError: as `finish`.
@@ -193,6 +206,8 @@ def check_output(config: RunConfig, task: Task) -> tuple[int | None, bool]:
     wanted = _configuration(config, task, load_text(config.data))
     if found is not None and (different := differences(wanted, found)):
         raise ValueError(f"output must hold this run or none, got {config.output} with {'; '.join(different)}")
+    if found is None:
+        check_no_run(config.output)
     if step is not None:
         _check_steps(step, config)
     return step, found is not None

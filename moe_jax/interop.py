@@ -18,7 +18,7 @@ from moe_jax.routing import SlotOrder, TopN
 
 StateDict = Mapping[str, Any]
 
-# Configuration here, weights there.
+# Configuration here, so not read.
 THRESHOLDS = re.compile(r"(moe\.)?gate\.threshold_(train|eval)")
 # What arguments of ours are called there.
 THEIR_NAMES = {
@@ -90,7 +90,7 @@ def moe_from_torch(state_dict: StateDict, **args: Any) -> MoE:
       **args: of `config_from_torch`: the original's constructor arguments.
 
     Raises:
-      ValueError: a weight is missing, left over or of the wrong shape.
+      ValueError: a weight is missing, left over, of the wrong shape or not floating point.
     """
     moe = MoE(config_from_torch(**args), rngs=nnx.Rngs(0))
     weights = _Weights(state_dict)
@@ -111,8 +111,8 @@ def block_from_torch(
       **args: of `config_from_torch`: the constructor arguments of the original's `MoE`.
 
     Raises:
-      ValueError: a weight is missing, left over or of the wrong shape, or there are feed-forwards and the experts are
-        not of their width (`expert_hidden_mult` 4).
+      ValueError: a weight is missing, left over, of the wrong shape or not floating point, or there are feed-forwards
+        and the experts are not of their width (`expert_hidden_mult` 4).
     """
     rngs = nnx.Rngs(0)
     moe = MoE(config_from_torch(**args), rngs=rngs)

@@ -45,7 +45,8 @@ def decoder_from_torch(state_dict: Mapping[str, ArrayLike], **constructor_args: 
       The same function of the tokens.
 
     Raises:
-      ValueError: an unknown argument; weights that are missing, left over or of another shape.
+      ValueError: an unknown argument; weights that are missing, left over, of another shape or not floating
+        point.
     """
     decoder = nnx.eval_shape(lambda: Decoder(_config(constructor_args), rngs=nnx.Rngs(0)))
     return _load(decoder, torch_names(decoder.config), state_dict)
@@ -75,7 +76,8 @@ def pair_from_torch(
       trained there has random ones: train it further before use.
 
     Raises:
-      ValueError: an unknown argument; weights that are missing, left over or of another shape.
+      ValueError: an unknown argument; weights that are missing, left over, of another shape or not floating
+        point.
     """
 
     def make() -> ModelWithProphet:

@@ -216,7 +216,10 @@ def choose_by(noise_bjv: jax.Array, sampling: Sampling) -> Choose:
 
     def choose(logits_bv: jax.Array, offset: int | jax.Array) -> tuple[jax.Array, jax.Array]:
         log_probs_bv = filtered_log_probs(logits_bv, sampling)
-        return draw(log_probs_bv, noise_bjv[:, offset]), log_probs_bv
+        token_b = draw(log_probs_bv, noise_bjv[:, offset])
+        # Greedy is certain of a token even where there is no distribution.
+        proper_b1 = jnp.isfinite(logits_bv.max(axis=-1, keepdims=True))
+        return token_b, jnp.where(proper_b1, log_probs_bv, jnp.nan)
 
     return choose
 
@@ -289,9 +292,9 @@ def _count(state: DecodeState, draft: Draft, emission: Emission, request: Reques
     room_b = _room(state, request)
     last_bt = jnp.take_along_axis(emission.tokens_bt, jnp.maximum(emission.count_b - 1, 0)[:, None], axis=1)
     places_b = jnp.where(last_bt[:, 0] == request.eos_id, emission.count_b, room_b)
-    # What was drafted after an end token falls with it.
+    # What was drafted behind an end token could not have been kept, even if that is refused.
     before_end_b = leading(draft.tokens_bj != request.eos_id)
-    counted_b = jnp.minimum(jnp.minimum(draft.count_b, places_b), before_end_b + 1)
+    counted_b = jnp.minimum(draft.count_b, jnp.minimum(places_b, before_end_b + 1))
     counted_b = jnp.where(active_b, counted_b, 0)
     return DecodeStats(
         rounds_b=state.stats.rounds_b + active_b.astype(jnp.int32),

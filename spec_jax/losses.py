@@ -105,7 +105,7 @@ def early_exit_logits(
         if key is None:
             raise ValueError("key must be given for an exit with early_exit_recycling, got None")
         batch, positions = tokens_bt.shape
-        phase_b1 = jax.random.randint(key, (batch, 1), 0, distance)
+        phase_b1 = jax.random.randint(key, (batch, 1), 0, distance, jnp.int32)
         source_bt = jnp.arange(positions, dtype=jnp.int32)[None, :] - 1
         source_bt = source_bt - (source_bt + phase_b1) % distance
         recycled_btd = jnp.take_along_axis(output.hidden, jnp.maximum(source_bt, 0)[:, :, None], axis=1)
@@ -193,7 +193,7 @@ def _counted_mean(nats_bt: jax.Array, mask_bt: jax.Array | None) -> jax.Array:
 
 def _surprise(logits_btv: jax.Array, tokens_bt: jax.Array) -> jax.Array:
     """(B, T) −log p(token); NaN where there is no such token."""
-    # A negative index would count from the end; an int8 may not hold V, nor an int32 what the tokens' dtype does.
+    # A negative index would count from the end, and a wider integer may wrap: both become V, of which the logit is NaN.
     index_bt = tokens_bt.astype(jnp.int32)
     outside_bt = (index_bt < 0) | (index_bt.astype(tokens_bt.dtype) != tokens_bt)
     tokens_bt = jnp.where(outside_bt, logits_btv.shape[-1], index_bt)

@@ -11,8 +11,8 @@ from flax import struct
 class DecodeStats:
     """Counts per row, over the rounds in which the row was not finished.
 
-    A drafted token counts where the row's output could still take it: none after the end token and none beyond
-    `max_new_tokens`.
+    A drafted token counts where the row's output could still take it: none after the end token, be it drafted and
+    refused, and none beyond `max_new_tokens`.
 
     Attributes:
       rounds_b: (B,) int32, target forwards that added to the row (prefill not counted).

@@ -78,7 +78,7 @@ def filtered_log_probs(logits: jax.Array, sampling: Sampling) -> jax.Array:
 
     Returns:
       (..., V) float32, normalised; −inf where a token is filtered out. Temperature 0 gives 0 at the first largest
-      logit and −inf elsewhere. Logits that are no distribution (all −inf, or with a NaN or +inf) give NaN.
+      logit and −inf elsewhere; any other gives NaN where logits are all −inf, or one is NaN or +inf.
     """
     logits = logits.astype(jnp.float32)
     scalars = sampling.temperature, sampling.top_p, sampling.min_p
@@ -96,8 +96,7 @@ def filtered_log_probs(logits: jax.Array, sampling: Sampling) -> jax.Array:
     scores = jnp.where(scores < jnp.log(min_p), -jnp.inf, scores)
     best = jnp.argmax(logits, axis=-1)
     token_v = jax.lax.broadcasted_iota(best.dtype, logits.shape, logits.ndim - 1)
-    # The distance of the largest is 0, or NaN where there is no distribution.
-    point_mass = jnp.where(token_v == best[..., None], distance, -jnp.inf)
+    point_mass = jnp.where(token_v == best[..., None], 0.0, -jnp.inf)
     return jnp.where(greedy, point_mass, jax.nn.log_softmax(scores, axis=-1))
 
 

@@ -110,7 +110,8 @@ def block(draft: Draft, target_log_probs_btv: jax.Array, uniform_bj: jax.Array, 
     # At the last drafted position the zero row makes the mass r_γ, and so the test r_γ / (r_γ + 1 − r_γ) = r_γ.
     # Where r_i = 1 and p = q the test is 0/0; all later tests then pass at least as easily, so 1 is its value.
     slack_bt = mass_bt + 1.0 - reach_bt
-    test_bt = jnp.where(slack_bt > 0, mass_bt / jnp.where(slack_bt > 0, slack_bt, 1.0), 1.0)
+    # NaN, as a broken target has it, passes no test.
+    test_bt = jnp.where(slack_bt == 0, 1.0, mass_bt / jnp.where(slack_bt == 0, 1.0, slack_bt))
     pass_bj = (uniform_bj < test_bt[:, 1:]) & _drafted(draft)
     length_bj = jnp.where(pass_bj, jnp.arange(1, pass_bj.shape[1] + 1, dtype=jnp.int32)[None, :], 0)
     accepted_b = jnp.max(length_bj, axis=1, initial=0).astype(jnp.int32)

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from experiments import compare_experts, compare_prophet_training, compare_strategies, session, train_draft
 from experiments.data import Text
-from experiments.output import write_configuration
+from experiments.output import CONFIGURATION, write_configuration
 from experiments.session import finish
 from tests.experiments.runs import steps_kept, tiny_config, train
 
@@ -85,7 +85,7 @@ def train_strategies(output: pathlib.Path) -> None:
 
 def train_prophets(output: pathlib.Path) -> None:
     config = compare_prophet_training.CompareConfig(output=output, seeds=2)
-    compare_prophet_training.train_all(config, Console(quiet=True))
+    compare_prophet_training.curves_of(config, Console(quiet=True))
 
 
 @pytest.mark.parametrize(
@@ -112,5 +112,13 @@ def test_a_study_looks_at_every_folder_before_it_trains(
     write_configuration(tmp_path / last, {"kind": "another"})
     message = rf"output must hold this run or none, got \S*/{last} with .*kind: expected 'train_\w+', got 'another'"
     with pytest.raises(ValueError, match=message):
+        train_all(tmp_path)
+    (tmp_path / last / CONFIGURATION).rename(tmp_path / last / "report.json")
+    with pytest.raises(ValueError, match=rf"output must be a folder without a run, got \S*/{last}, which holds report"):
+        train_all(tmp_path)
+    (tmp_path / last / "report.json").unlink()
+    (tmp_path / last).rmdir()
+    (tmp_path / last).write_text("")
+    with pytest.raises(ValueError, match=rf"output must be a folder, got the file \S*/{last}"):
         train_all(tmp_path)
     assert len(trained) == 1

@@ -146,14 +146,11 @@ def test_refused():
     )
     with pytest.raises(ValueError, match=r"mesh axis 'data' must be left to the layer, got it in a jax.shard_map over"):
         taken(hidden_states(2, 4, DIM))
-    around = jax.sharding.AbstractMesh((2, 4), ("data", "expert"))
-    for sizes, axes, got in (
-        ((2, 2), ("data", "expert"), "{'data': 2, 'expert': 2}"),
-        ((4, 2), ("expert", "data"), "{'expert': 4, 'data': 2}"),
-    ):
+    turned = mesh_of(4, 2, ("expert", "data"))
+    for mesh, got in ((mesh_of(2, 2), "{'data': 2, 'expert': 2}"), (turned, "{'expert': 4, 'data': 2}")):
         other = f"mesh must be that of jax.set_mesh, {{'data': 2, 'expert': 4}}, or not be given, got {got}"
-        with jax.sharding.use_abstract_mesh(around), pytest.raises(ValueError, match=other):
-            MoE(moe, rngs=anything(None), mesh=anything(jax.sharding.AbstractMesh(sizes, axes)))
+        with jax.set_mesh(mesh_of(2, 4)), pytest.raises(ValueError, match=other):
+            MoE(moe, rngs=anything(None), mesh=mesh)
     with pytest.raises(ValueError, match="data_axis and expert_axis must be different names, got 'x' twice"):
         config(data_axis="x", expert_axis="x")
 

@@ -92,6 +92,19 @@ def test_a_draft_that_is_no_distribution_drafts_nothing(logit: float, temperatur
         assert result.lengths.tolist() == result.rounds.tolist() == [10, 10]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("logit", [-np.inf, np.inf, np.nan])
+def test_a_target_that_is_no_distribution_is_decoded_as_without_a_draft(logit: float, temperature: float):
+    """One token of its vocabulary has such a logit; of −inf, all."""
+    logits_v = np.full(4, logit) if logit == -np.inf else np.array([0.0, 0.0, logit, 0.0])
+    target = Toy(jnp.broadcast_to(jnp.asarray(logits_v, jnp.float32), (2, 5, 4, 4)))
+    sampling = Sampling(temperature=temperature)
+    plain = base_decoding(target, [[1], [2]], max_new_tokens=10, key=KEY, pad_id=-1, sampling=sampling)
+    for rule in RULES:
+        result = decode(rule, target, TARGET, [[1], [2]], sampling=sampling)
+        assert result.tokens.tolist() == plain.tokens.tolist()
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_gamma_zero_drafts_nothing(rule: str):
     """One token a round, whatever the rule; coupled is then plain decoding."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -26,6 +27,13 @@ from spec_jax import (
 )
 from spec_jax import decoding as decoding_module
 from spec_jax.drafters.base import Sequence
+from spec_jax.losses import (
+    distillation_loss,
+    early_exit_logits,
+    next_token_loss,
+    prophet_distillation_loss,
+    prophet_losses,
+)
 from tests.spec.strategies import NAMES, drafting_what_is_there, random_pair, strategy
 from tests.spec.test_early_exit import TOKENS
 from tests.spec.test_equality import SAMPLINGS
@@ -145,6 +153,28 @@ def test_integers_stay_int32_under_x64(name: str):
         for rule in ("rejection", "block", "coupled"):
             result = jax.eval_shape(lambda key, rule=rule: decode_with(key=key, verification=rule), jax.random.key(0))
             assert {x.dtype for x in jax.tree.leaves(result)} == {np.dtype(np.int32)}
+
+
+def test_losses_mix_no_dtypes_under_x64():
+    """Promotion is strict here. Traced only, with gradients."""
+    recycling = dataclasses.replace(CONFIG, early_exit_layer=1, early_exit_recycling=2)
+    target, pair = transformer(0, recycling), random_pair(CONFIG)
+    tokens_bt, mask_bt = jnp.ones((2, 13), jnp.int32), jnp.ones((2, 12), bool)
+
+    def early_exit(target: Any) -> jax.Array:
+        head_btv, exit_btv = early_exit_logits(target, tokens_bt[:, :-1], key=jax.random.key(0))
+        taught = distillation_loss(exit_btv, head_btv, mask_bt=mask_bt)
+        return next_token_loss(exit_btv, tokens_bt[:, 1:], mask_bt=mask_bt) + taught
+
+    def prophet(pair: Any) -> jax.Array:
+        output = pair(tokens_bt)
+        main, ahead = prophet_losses(pair, output, tokens_bt)
+        return main + ahead + prophet_distillation_loss(pair, output)
+
+    with jax.enable_x64(True):
+        for loss, models in ((early_exit, target), (prophet, pair)):
+            bar = jax.eval_shape(jax.grad(loss), models)
+            assert {x.dtype for x in jax.tree.leaves(bar)} == {np.dtype(np.float32)}
 
 
 @pytest.mark.parametrize("name", NAMES)
