@@ -171,7 +171,7 @@ def finish(config: RunConfig, task: Task, console: Console) -> int:
       ValueError: the folder holds a run of another configuration or of another text, or of more steps, or what may not
         be of a run.
     """
-    step, begun = _found(config, task)
+    step, begun = _progress(config, task)
     if step is None:
         # It begins anew if it ended before its first checkpoint. What else may be there is not to be deleted.
         return run(dataclasses.replace(config, overwrite=begun), task, console, go_on=SAME_COMMAND)
@@ -189,14 +189,14 @@ def finish_each(runs: Sequence[tuple[RunConfig, Task]], console: Console) -> Ite
       SystemExit: a signal ended one.
     """
     for config, task in runs:
-        _found(config, task)
+        _progress(config, task)
     for config, task in runs:
         if code := finish(config, task, console):
             raise SystemExit(code)
         yield config
 
 
-def _found(config: RunConfig, task: Task) -> tuple[int | None, bool]:
+def _progress(config: RunConfig, task: Task) -> tuple[int | None, bool]:
     """The steps of the last checkpoint in a run's output folder, None without one; and whether the run has begun there.
 
     Raises:

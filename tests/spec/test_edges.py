@@ -79,29 +79,23 @@ def test_a_draft_that_knows_nothing_of_a_token(rule: str, monkeypatch: pytest.Mo
         jax.clear_caches()
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("logit", [-np.inf, np.inf, np.nan])
-def test_a_draft_that_is_no_distribution_drafts_nothing(logit: float, temperature: float):
-    """One token of the draft's vocabulary has such a logit; of −inf, all."""
-    logits_v = np.full(4, logit) if logit == -np.inf else np.array([0.0, 0.0, logit, 0.0])
-    draft = Toy(jnp.broadcast_to(jnp.asarray(logits_v, jnp.float32), (2, 5, 4, 4)))
-    sampling = Sampling(temperature=temperature)
-    for rule in RULES:
-        result = decode(rule, TARGET, draft, [[1], [2]], sampling=sampling)
-        assert result.drafted.tolist() == result.accepted.tolist() == [0, 0]
-        assert result.lengths.tolist() == result.rounds.tolist() == [10, 10]
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("logit", [-np.inf, np.inf, np.nan])
-def test_a_target_that_is_no_distribution_is_decoded_as_without_a_draft(logit: float, temperature: float):
+def no_distribution(logit: float) -> Toy:
     """One token of its vocabulary has such a logit; of −inf, all."""
     logits_v = np.full(4, logit) if logit == -np.inf else np.array([0.0, 0.0, logit, 0.0])
-    target = Toy(jnp.broadcast_to(jnp.asarray(logits_v, jnp.float32), (2, 5, 4, 4)))
-    sampling = Sampling(temperature=temperature)
-    plain = base_decoding(target, [[1], [2]], max_new_tokens=10, key=KEY, pad_id=-1, sampling=sampling)
+    return Toy(jnp.broadcast_to(jnp.asarray(logits_v, jnp.float32), (2, 5, 4, 4)))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0.0), Sampling()], ids=["greedy", "temperature 1"])
+@pytest.mark.parametrize("logit", [-np.inf, np.inf, np.nan])
+def test_models_that_are_no_distribution(logit: float, sampling: Sampling):
+    """As a draft it drafts nothing; as a target it is decoded as without a draft."""
+    broken = no_distribution(logit)
+    plain = base_decoding(broken, [[1], [2]], max_new_tokens=10, key=KEY, pad_id=-1, sampling=sampling)
     for rule in RULES:
-        result = decode(rule, target, TARGET, [[1], [2]], sampling=sampling)
+        result = decode(rule, TARGET, broken, [[1], [2]], sampling=sampling)
+        assert result.drafted.tolist() == result.accepted.tolist() == [0, 0]
+        assert result.lengths.tolist() == result.rounds.tolist() == [10, 10]
+        result = decode(rule, broken, TARGET, [[1], [2]], sampling=sampling)
         assert result.tokens.tolist() == plain.tokens.tolist()
 
 
