@@ -12,16 +12,22 @@ Row = Mapping[str, Any]
 
 
 def print_section(section: str, rows: Sequence[Row]) -> None:
-    """Times of each call, and their ratio to the row's base."""
+    """Times of each call, and their ratio to the row's base; below them what else is known."""
     names = list(rows[0]["milliseconds_min"])
     title = f"{section}: fastest (median) milliseconds, median ratio to {rows[0]['base']}"
-    table = Table("what", "mode", *names, "also", title=title)
+    table = Table("what", "mode", *names, title=title)
+    notes = []
     for row in rows:
         what = ", ".join(f"{key} {row[key]}" for key in ("shape", "experts", "dispatch") if key in row)
         best, median, ratio = (row[key] for key in ("milliseconds_min", "milliseconds_median", "over_base_median"))
         cells = (f"{best[name]:.1f} ({median[name]:.1f}) {ratio[name]:.2f} ×" for name in names)
-        table.add_row(what, row["mode"], *cells, _also(row))
-    Console().print(table)
+        table.add_row(what, row["mode"], *cells)
+        if also := _also(row):
+            notes.append(f"{what}, {row['mode']}: {also}")
+    console = Console()
+    console.print(table)
+    for note in notes:
+        console.print(note, highlight=False)
 
 
 def print_meshes(rows: Sequence[Row]) -> None:
@@ -46,7 +52,8 @@ def _also(row: Row) -> str:
     """What is known of a row besides its times, in words."""
     words = []
     if "kept" in row:
-        words.append(f"kept {row['kept']} of {row['assignments']}")
+        kept = " and ".join(f"{number} ({name})" for name, number in row["kept"].items())
+        words.append(f"{kept} of {row['assignments']} assignments kept")
     if "largest_difference" in row:
         words.append(f"outputs differ by {row['largest_difference']:.1e} at most")
         if row["tokens_routed_apart"]:

@@ -9,6 +9,7 @@ Where `TopN(bias=True)` routes, after each step of the optimiser:
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from moe_jax.checks import array, floating, number
@@ -45,7 +46,7 @@ def updated_router_bias(bias_e: jax.Array, load_e: jax.Array, rate: float = 1e-3
     array("bias_e", bias_e)
     array("load_e", load_e)
     floating("bias_e", bias_e.dtype)
-    if not isinstance(rate, jax.Array):
+    if not isinstance(rate, jax.Array | np.ndarray):
         number("rate", rate, 0)
     if load_e.shape != bias_e.shape:
         raise ValueError(f"load_e must be {bias_e.shape}, as bias_e is, got {load_e.shape}")

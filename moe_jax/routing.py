@@ -349,7 +349,7 @@ def _check_thresholds(name: str, threshold: float | tuple[float, ...], n: int) -
     if not isinstance(threshold, tuple | numbers.Real):
         raise ValueError(f"{name} must be a number or a tuple, got {threshold!r}")
     if isinstance(threshold, tuple) and len(threshold) != n - 1:
-        raise ValueError(f"{name} must have n - 1 = {n - 1} entries, got {len(threshold)}")
+        raise ValueError(f"{name} must have {n - 1} entries, one for each choice after the first, got {len(threshold)}")
     for value in threshold if isinstance(threshold, tuple) else (threshold,):
         if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 < value <= 1:
             raise ValueError(f"{name} must be in (0, 1], got {value!r}")

@@ -69,9 +69,10 @@ class DecoderConfig:
                 if value := getattr(self, name):
                     raise ValueError(f"{name} must not be set without early_exit_layer, got {value}")
         for field in dataclasses.fields(self):
-            # NumPy's small integers would overflow in products of sizes.
-            if is_integer(value := getattr(self, field.name)):
-                object.__setattr__(self, field.name, int(value))
+            # NumPy's small integers would overflow in products of sizes, and its float64 promotes what it meets.
+            if is_number(value := getattr(self, field.name)):
+                of_a_float = isinstance(field.default, float)
+                object.__setattr__(self, field.name, float(value) if of_a_float else int(value))
 
     @property
     def num_kv_heads(self) -> int:

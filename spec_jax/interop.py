@@ -159,7 +159,13 @@ def _config(constructor_args: Mapping[str, Any]) -> DecoderConfig:
     unknown = sorted(set(constructor_args) - set(_CONFIG_NAMES))
     if unknown:
         raise ValueError(f"constructor_args must be among {sorted(_CONFIG_NAMES)}, got {unknown}")
-    return DecoderConfig(**{_CONFIG_NAMES[name]: value for name, value in constructor_args.items()})
+    try:
+        return DecoderConfig(**{_CONFIG_NAMES[name]: value for name, value in constructor_args.items()})
+    except ValueError as error:
+        # Its message begins with the argument.
+        ours, _, rest = str(error).partition(" ")
+        theirs = {ours: theirs for theirs, ours in _CONFIG_NAMES.items()}
+        raise ValueError(f"{theirs.get(ours, ours)} {rest}") from error
 
 
 def _load(model: Any, names: Mapping[str, str], state_dict: Mapping[str, ArrayLike]) -> Any:
@@ -174,12 +180,13 @@ def _load(model: Any, names: Mapping[str, str], state_dict: Mapping[str, ArrayLi
     for path, leaf in paths:
         value = given[names[_name(path)]]
         # torch keeps a linear layer's weight as (out, in).
-        value = value.T if _name(path).endswith(".kernel") else value
-        if value.shape != leaf.shape:
-            raise ValueError(f"state_dict[{names[_name(path)]!r}] must have shape {leaf.shape}, got {value.shape}")
+        is_matrix = _name(path).endswith(".kernel")
+        shape = leaf.shape[::-1] if is_matrix else leaf.shape
+        if value.shape != shape:
+            raise ValueError(f"state_dict[{names[_name(path)]!r}] must have shape {shape}, got {value.shape}")
         if not jnp.issubdtype(value.dtype, jnp.floating):
             raise ValueError(f"state_dict[{names[_name(path)]!r}] must be floating point, got {value.dtype}")
-        leaves.append(jnp.asarray(value, leaf.dtype))
+        leaves.append(jnp.asarray(value.T if is_matrix else value, leaf.dtype))
     return jax.tree_util.tree_unflatten(structure, leaves)
 
 

@@ -130,7 +130,10 @@ def prophet_losses(
     Raises:
       ValueError: shapes that do not go together, or tokens that are not integers.
     """
-    _check_mask(mask_bt, tokens_bt.shape)
+    expected = _checked_shape(pair, output)
+    if tokens_bt.shape != expected:
+        raise ValueError(f"tokens must be {expected}, those of output, got {tokens_bt.shape}")
+    _check_mask(mask_bt, expected)
     next_bt = tokens_bt[:, 1:]
     mask_bt, in_windows_bt = _next_mask(pair, mask_bt)
     return (
@@ -153,9 +156,9 @@ def prophet_distillation_loss(
       () float32, nats per counted token; 0 where none is counted.
 
     Raises:
-      ValueError: a mask of another shape.
+      ValueError: shapes that do not go together.
     """
-    _check_mask(mask_bt, (output.logits.shape[0], output.logits.shape[1] + 1))
+    _check_mask(mask_bt, _checked_shape(pair, output))
     target_logits = _joined(pair.windows(output.logits))
     return distillation_loss(_joined(output.prophet_logits), target_logits, mask_bt=_next_mask(pair, mask_bt)[1])
 
@@ -163,6 +166,14 @@ def prophet_distillation_loss(
 def bits_per_byte(nats_per_byte: Number) -> Number:
     """Bits per byte from a loss in nats, for models whose tokens are bytes."""
     return nats_per_byte / math.log(2)
+
+
+def _checked_shape(pair: ModelWithProphet, output: PairOutput) -> tuple[int, int]:
+    """(B, T + 1), of the tokens that an output is of."""
+    if (got := output.prophet_logits.shape[2] + 1) != pair.prophet_train_length:
+        raise ValueError(f"output must have windows of prophet_train_length = {pair.prophet_train_length}, got {got}")
+    batch, positions = output.logits.shape[:2]
+    return batch, positions + 1
 
 
 def _check_mask(mask_bt: jax.Array | None, expected: tuple[int, ...]) -> None:
@@ -187,7 +198,7 @@ def _counted_logits(logits_btv: jax.Array, mask_bt: jax.Array | None) -> jax.Arr
 def _counted_mean(nats_bt: jax.Array, mask_bt: jax.Array | None) -> jax.Array:
     """Over the counted positions."""
     if mask_bt is None:
-        return nats_bt.mean()
+        return nats_bt.sum() / max(nats_bt.size, 1)
     return jnp.where(mask_bt, nats_bt, 0.0).sum() / jnp.maximum(mask_bt.sum(dtype=nats_bt.dtype), 1)
 
 

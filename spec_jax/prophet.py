@@ -116,12 +116,12 @@ class ModelWithProphet(nnx.Module):
           Both logits.
 
         Raises:
-          ValueError: sequences shorter than a window.
+          ValueError: no sequences, or shorter than a window.
         """
-        if tokens_bt.shape[1] < self.prophet_train_length:
+        if tokens_bt.ndim != 2 or tokens_bt.shape[1] < self.prophet_train_length:
             raise ValueError(
-                f"tokens must be at least prophet_train_length = {self.prophet_train_length} a row, "
-                f"got {tokens_bt.shape[1]}"
+                f"tokens must be rows of at least prophet_train_length = {self.prophet_train_length}, "
+                f"got {tokens_bt.shape}"
             )
         output = self.target(tokens_bt[:, :-1])
         hidden_btd = jax.lax.stop_gradient(output.hidden) if self.detach_target_hiddens else output.hidden

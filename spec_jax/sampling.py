@@ -24,7 +24,7 @@ class Sampling:
     Attributes:
       temperature: divides the logits; 0 is greedy. A scalar that may change without a recompile.
       top_k: an integer keeps that many tokens; a float in [0, 1) is the original's fraction and keeps the
-        ⌈(1 − top_k)·V⌉ largest; None keeps all. Part of the compiled program.
+        ⌈(1 − top_k)·V⌉ largest, rounded as there (0.7 of 10 keeps 4); None keeps all. Part of the compiled program.
       top_p: keeps the smallest set of most probable tokens whose mass reaches top_p; 1 keeps all (nucleus sampling,
         Holtzman 1904.09751). May change without a recompile.
       min_p: keeps tokens at least min_p times as probable as the most probable one; 0 keeps all (Nguyen 2407.01082).
@@ -60,7 +60,8 @@ class Sampling:
 
 
 def _require(name: str, value: Scalar, holds, expected: str) -> None:
-    numeric = isinstance(value, float | int | np.number | np.ndarray | jax.Array) and not isinstance(value, bool)
+    numeric = isinstance(value, float | int | np.number | np.ndarray | jax.Array)
+    numeric = numeric and jnp.isdtype(jnp.result_type(value), ("integral", "real floating"))
     # Of a traced one only the shape is known.
     scalar = numeric and np.ndim(value) == 0
     if not scalar or not (isinstance(value, Tracer) or holds(float(value))):

@@ -64,8 +64,14 @@ def slots_of_five_tokens(*, grouped: int = 5, **changes: Any) -> Routing:
     [
         (lambda: config(router=TopN(n=5)), r"n must be at most num_experts \(4\), got 5"),
         (lambda: TopN(n=0), "n must be at least 1, got 0"),
-        (lambda: TopN(n=3, threshold_train=(0.2,)), "threshold_train must have n - 1 = 2 entries, got 1"),
-        (lambda: TopN(threshold_eval=(0.2, 0.2)), "threshold_eval must have n - 1 = 1 entries, got 2"),
+        (
+            lambda: TopN(n=3, threshold_train=(0.2,)),
+            "threshold_train must have 2 entries, one for each choice after the first, got 1",
+        ),
+        (
+            lambda: TopN(threshold_eval=(0.2, 0.2)),
+            "threshold_eval must have 1 entries, one for each choice after the first, got 2",
+        ),
         (lambda: TopN(threshold_train=0.0), r"threshold_train must be in \(0, 1\], got 0.0"),
         (lambda: TopN(n=3, threshold_eval=(0.5, 1.5)), r"threshold_eval must be in \(0, 1\], got 1.5"),
         (lambda: TopN(threshold_eval=float("nan")), r"threshold_eval must be in \(0, 1\], got nan"),

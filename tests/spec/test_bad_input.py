@@ -75,6 +75,8 @@ OF_EVERY_DECODING: list[tuple[dict[str, Any], str]] = [
     (sampled(temperature=INF), "temperature must be a finite number >= 0, got inf"),
     (sampled(temperature=1e39), "temperature must be a finite number >= 0, got 1e+39"),  # Not finite in float32.
     (sampled(temperature="0.7"), "temperature must be a finite number >= 0, got '0.7'"),
+    (sampled(temperature=np.complex64(1)), "temperature must be a finite number >= 0, got (1+0j)"),
+    (sampled(temperature=np.array(True)), "temperature must be a finite number >= 0, got True"),
     (sampled(temperature=None), "temperature must be a finite number >= 0, got None"),
     (sampled(temperature=np.ones(2)), "temperature must be a finite number >= 0, got [1. 1.]"),
     (sampled(temperature=jnp.float32(-1)), "temperature must be a finite number >= 0, got -1.0"),

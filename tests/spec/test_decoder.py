@@ -225,6 +225,17 @@ def test_bad_configuration(arguments: dict, message: str):
         DecoderConfig(**arguments)
 
 
+def test_numbers_that_jax_would_not_take():
+    """An integer beyond int32, and NumPy's float64, which promotes float32."""
+    given = DecoderConfig(vocab_size=5, dim=8, depth=1, rotary_base=10**10, norm_epsilon=np.float64(1e-5))
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        logits = Decoder(given, rngs=nnx.Rngs(0))(tokens).logits
+        expected = Decoder(dataclasses.replace(given, rotary_base=1e10), rngs=nnx.Rngs(0))(tokens).logits
+    np.testing.assert_array_equal(logits, expected)
+    assert logits.dtype == jnp.float32
+
+
 def test_scores_are_float32_under_bfloat16():
     """256 and 257 are one number in bfloat16, and the softmax tells them apart."""
     config = DecoderConfig(vocab_size=2, dim=4, depth=1, heads=1, dim_head=4, dtype="bfloat16")

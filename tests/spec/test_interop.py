@@ -93,7 +93,7 @@ def without(name: str) -> dict[str, np.ndarray]:
         (
             STATE | {"layers.1.0.to_out.weight": np.zeros((64, 63))},
             {},
-            r"state_dict\['layers.1.0.to_out.weight'\] must have shape \(64, 64\), got \(63, 64\)",
+            r"state_dict\['layers.1.0.to_out.weight'\] must have shape \(64, 64\), got \(64, 63\)",
         ),
         (STATE | {3: np.zeros(1)}, {}, r"state_dict .* missing \[\], left over \['3'\]"),
         (
@@ -104,6 +104,12 @@ def without(name: str) -> dict[str, np.ndarray]:
         (STATE, {"depth": 2}, r"missing \[\], left over \['layers.2.0.norm.weight'"),
         (STATE, {"depth": 4}, r"missing \['layers.3.0.norm.weight'"),
         (STATE, {"num_tokens": 51}, r"state_dict\['token_emb.weight'\] must have shape \(51, 64\), got \(50, 64\)"),
+        (STATE, {"num_tokens": 0}, "num_tokens must be at least 1, got 0"),
+        (
+            STATE,
+            {"early_exit_extra_transformer_blocks": 1},
+            "early_exit_extra_transformer_blocks must not be set without",
+        ),
         (STATE, {"vocab_size": 50}, r"constructor_args must be among \[.*'num_tokens'\], got \['vocab_size'\]"),
     ],
 )

@@ -100,6 +100,8 @@ def test_nothing_counted_is_zero():
     nothing = jnp.zeros(tokens.shape, bool)
     assert next_token_loss(jnp.array(logits), jnp.array(tokens), mask_bt=nothing) == 0
     assert distillation_loss(jnp.array(logits), jnp.array(logits) + 1, mask_bt=nothing) == 0
+    assert next_token_loss(jnp.zeros((2, 0, 3)), jnp.zeros((2, 0), int)) == 0
+    assert distillation_loss(jnp.zeros((0, 2, 3)), jnp.zeros((0, 2, 3))) == 0
 
 
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.int32])

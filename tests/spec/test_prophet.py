@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
+import re
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from tests.spec.transformers import CONFIG, cached, transformer, uncached
 TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (3, 14)).astype(np.int32)
 
 
-@functools.partial(jax.jit, static_argnames="gamma")
+@partial(jax.jit, static_argnames="gamma")
 def drafted_logits(pair: ModelWithProphet, length_b: jax.Array, *, gamma: int) -> jax.Array:
     """(B, J, V) logits that one decoding round sees behind the first tokens of each row, drafting the true ones."""
     prefill = pair.target(jnp.asarray(TOKENS[:, :12]))
@@ -134,6 +135,13 @@ def test_losses_without_padding():
         prophet_losses(pair, masked, padded, mask_bt=mask[:, 1:])
     with pytest.raises(ValueError, match="mask must be"):
         prophet_distillation_loss(pair, masked, mask_bt=mask[:, 1:])
+    for others in (tokens[0], tokens[:, 1:]):
+        with pytest.raises(ValueError, match=r"tokens must be \(1, 14\), those of output, got"):
+            prophet_losses(pair, masked, others)
+    longer = random_pair(CONFIG, prophet_train_length=9)
+    for losses in (partial(prophet_losses, tokens_bt=tokens), prophet_distillation_loss):
+        with pytest.raises(ValueError, match="output must have windows of prophet_train_length = 9, got 6"):
+            losses(longer, masked)
 
 
 @pytest.mark.parametrize("detach", [False, True])
@@ -175,8 +183,10 @@ def test_a_sequence_as_long_as_a_window_is_one():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="tokens must be at least prophet_train_length = 6 a row, got 5"):
-        random_pair(CONFIG)(jnp.zeros((1, 5), jnp.int32))
+    for shape in ((1, 5), (8,)):
+        got = re.escape(str(shape))
+        with pytest.raises(ValueError, match=f"tokens must be rows of at least prophet_train_length = 6, got {got}"):
+            random_pair(CONFIG)(jnp.zeros(shape, jnp.int32))
     other = transformer(0, dataclasses.replace(CONFIG, vocab_size=25))
     with pytest.raises(ValueError, match="prophet must have the target's 24 tokens, got 25"):
         ModelWithProphet(transformer(0), other, rngs=nnx.Rngs(0))
