@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -96,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with console.status(f"timing on {jax.devices()[0].device_kind}"):
         rows = round_costs(config)
     names = list(dict.fromkeys(row["strategy"] for row in rows))
-    table = Table(title="a round in plain steps: γ·c + s (c, s)")
+    table = Table(title="a round in plain steps: γ·c + s (c, s)", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("γ", *names):
         table.add_column(column)
     for gamma in config.gammas:

@@ -69,7 +69,7 @@ def save_speedup(path: pathlib.Path, measured: Mapping[str, Points], predicted: 
             axes.plot(*_columns(formula), color=f"C{index}", linestyle="--", marker=_marker(formula), label=label)
     axes.set_ylim(bottom=0)
     _whole_numbers(axes)
-    _legend(axes, loc="lower right")
+    _legend(axes)
     figure.savefig(path)
 
 
@@ -105,6 +105,7 @@ def save_panels(path: pathlib.Path, grid: Sequence[Sequence[Panel]]) -> None:
     FigureCanvasAgg(figure)
     shared_colours: dict[str, str] = {}
     shared_handles: dict[str, Any] = {}
+    formula_handle: dict[str, Any] = {}
     for row, line in enumerate(grid):
         for column, panel in enumerate(line):
             colours, handles = ({}, {}) if panel.own_legend else (shared_colours, shared_handles)
@@ -122,7 +123,9 @@ def save_panels(path: pathlib.Path, grid: Sequence[Sequence[Panel]]) -> None:
                     *_columns(points), color=colour, marker=marker, markersize=3, linewidth=1.5
                 )
             for name, points in panel.formula.items():
-                axes.plot(*_columns(points), color=colours[name], linestyle="--", linewidth=1, marker=_marker(points))
+                dashed: dict[str, Any] = {"linestyle": "--", "linewidth": 1, "marker": _marker(points)}
+                axes.plot(*_columns(points), color=colours[name], **dashed)
+                formula_handle["formula"] = Line2D([], [], color="0.3", **dashed)
             axes.set_ylim(bottom=panel.bottom)
             _whole_numbers(axes, nbins=6)
             if panel.own_legend:
@@ -130,13 +133,10 @@ def save_panels(path: pathlib.Path, grid: Sequence[Sequence[Panel]]) -> None:
                 bottom, top = axes.get_ylim()
                 axes.set_ylim(bottom, top + (0.06 + 0.1 * math.ceil(len(handles) / 2)) * (top - bottom))
                 axes.legend(handles.values(), handles.keys(), loc="upper center", fontsize=7, ncols=2, frameon=False)
-    if any(panel.formula for line in grid for panel in line):
-        shared_handles["formula"] = Line2D([], [], color="0.3", linestyle="--", linewidth=1)
-    if shared_handles:
-        figure.legend(
-            shared_handles.values(), shared_handles.keys(),
-            loc="outside lower center", ncols=len(shared_handles), frameon=False,
-        )  # fmt: skip
+    if legend := shared_handles | formula_handle:
+        # There is room for two names below a panel.
+        ncols = min(len(legend), 2 * columns)
+        figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=ncols, frameon=False)
     figure.savefig(path)
 
 
@@ -157,8 +157,8 @@ def _whole_numbers(axes: Axes, **options: Any) -> None:
 
 
 def _marker(points: Points) -> str:
-    """A line of one point would not be seen."""
-    return "." if len(points) == 1 else ""
+    """A line of one point would not be seen; and it is no measured one, which is round."""
+    return "x" if len(points) == 1 else ""
 
 
 def _columns(points: Points) -> tuple[list[float], list[float]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -15,15 +16,15 @@ def print_section(section: str, rows: Sequence[Row]) -> None:
     """Times of each call, and their ratio to the row's base; below them what else is known."""
     names = list(rows[0]["milliseconds_min"])
     title = f"{section}: fastest (median) milliseconds, median ratio to {rows[0]['base']}"
-    table = Table("what", "mode", *names, title=title)
+    table = Table("what", *names, title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), leading=1)
     notes = []
     for row in rows:
-        what = ", ".join(f"{key} {row[key]}" for key in ("shape", "experts", "dispatch") if key in row)
+        what = [*(f"{key} {row[key]}" for key in ("shape", "experts", "dispatch") if key in row), row["mode"]]
         best, median, ratio = (row[key] for key in ("milliseconds_min", "milliseconds_median", "over_base_median"))
-        cells = (f"{best[name]:.1f} ({median[name]:.1f}) {ratio[name]:.2f} ×" for name in names)
-        table.add_row(what, row["mode"], *cells)
+        cells = (f"{_digits(best[name])} ({_digits(median[name])})\n{ratio[name]:.2f} ×" for name in names)
+        table.add_row("\n".join(what), *cells)
         if also := _also(row):
-            notes.append(f"{what}, {row['mode']}: {also}")
+            notes.append(f"{', '.join(what)}: {also}")
     console = Console()
     console.print(table)
     for note in notes:
@@ -46,6 +47,11 @@ def print_meshes(rows: Sequence[Row]) -> None:
         exchange = str(row["all_to_alls"]), f"{row['all_to_all_bytes'] / 1e6:.2f}", f"{buffers:.2f}"
         table.add_row(row["mesh"], row["mode"], *exchange, beside, *sizes)
     Console().print(table)
+
+
+def _digits(milliseconds: float) -> str:
+    """Three or more."""
+    return f"{milliseconds:.1f}" if milliseconds < 100 else f"{milliseconds:.0f}"
 
 
 def _also(row: Row) -> str:

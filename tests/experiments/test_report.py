@@ -101,6 +101,18 @@ def test_the_figures_of_a_run_by_hand(tmp_path: pathlib.Path, drawn: dict[str, F
     assert drawn["speedup.png"].axes[0].get_ylim()[0] == 0
 
 
+def test_a_sheet_of_few_panels_and_single_points(tmp_path: pathlib.Path, drawn: dict[str, Figure]):
+    """The legend is no wider than the sheet, and what is measured looks other than what the formula says."""
+    names = ("small draft", "early exit", "prophet", "n-gram", "layer skip")
+    points = {name: [(1.0, 1.5)] for name in names}
+    save_panels(tmp_path / "sheet.png", [[Panel("left", "x", "y", points), Panel("right", "x", "y", points, points)]])
+    sheet = drawn["sheet.png"]
+    (legend,) = sheet.legends
+    assert [text.get_text() for text in legend.get_texts()] == [*names, "formula"]
+    assert legend.get_window_extent().width < sheet.bbox.width
+    assert [line.get_marker() for line in sheet.axes[1].lines] == ["o"] * 5 + ["x"] * 5
+
+
 def test_panels_by_hand(tmp_path: pathlib.Path, drawn: dict[str, Figure]):
     """Names have the same colour in all panels, dashed lines that of their name."""
     one, other = [(1.0, 3.0), (2.0, 4.0)], [(1.0, 5.0), (2.0, 6.0)]
