@@ -157,7 +157,7 @@ def _whole_numbers(axes: Axes, **options: Any) -> None:
 
 
 def _marker(points: Points) -> str:
-    """A line of one point would not be seen; and it is no measured one, which is round."""
+    """For a line of one point, which would not be seen; not round, as the points of lines drawn thick are."""
     return "x" if len(points) == 1 else ""
 
 

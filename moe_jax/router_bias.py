@@ -25,7 +25,7 @@ class RouterBias(nnx.Variable):
     """
 
 
-def updated_router_bias(bias_e: jax.Array, load_e: jax.Array, rate: float = 1e-3) -> jax.Array:
+def updated_router_bias(bias_e: jax.Array, load_e: jax.Array, rate: float | jax.Array | np.ndarray = 1e-3) -> jax.Array:
     """The bias for the next step: overloaded experts down by `rate`, underloaded ones up, those at the mean left alone.
 
     Args:

@@ -11,6 +11,8 @@ import numpy as np
 from flax import struct
 from jax.core import Tracer
 
+from spec_jax.scalars import is_number
+
 Scalar = float | jax.Array | np.ndarray
 _FLOAT32 = jnp.finfo(jnp.float32)
 
@@ -60,8 +62,8 @@ class Sampling:
 
 
 def _require(name: str, value: Scalar, holds, expected: str) -> None:
-    numeric = isinstance(value, float | int | np.number | np.ndarray | jax.Array)
-    numeric = numeric and jnp.isdtype(jnp.result_type(value), ("integral", "real floating"))
+    is_array = isinstance(value, np.ndarray | jax.Array)
+    numeric = jnp.isdtype(value.dtype, ("integral", "real floating")) if is_array else is_number(value)
     # Of a traced one only the shape is known.
     scalar = numeric and np.ndim(value) == 0
     if not scalar or not (isinstance(value, Tracer) or holds(float(value))):

@@ -62,8 +62,9 @@ def test_bias_update_balances_without_touching_gradients():
 
 
 def test_bias_update_by_hand():
-    updated = updated_router_bias(jnp.asarray([0.0, 0.5, -0.1]), jnp.asarray([0.5, 0.2, 0.3]), 0.01)
-    np.testing.assert_allclose(updated, [-0.01, 0.51, -0.09], rtol=1e-6)
+    for rate in (0.01, np.array(0.01), jnp.array(0.01)):
+        updated = updated_router_bias(jnp.asarray([0.0, 0.5, -0.1]), jnp.asarray([0.5, 0.2, 0.3]), rate)
+        np.testing.assert_allclose(updated, [-0.01, 0.51, -0.09], rtol=1e-6)
     np.testing.assert_allclose(updated_router_bias(jnp.zeros(4), jnp.full(4, 0.25)), jnp.zeros(4))
     # A tenth is no float, nor is the mean of ten of them what each is.
     np.testing.assert_array_equal(updated_router_bias(jnp.zeros(10), jnp.full(10, 0.1)), np.zeros(10))

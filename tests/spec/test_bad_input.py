@@ -77,6 +77,7 @@ OF_EVERY_DECODING: list[tuple[dict[str, Any], str]] = [
     (sampled(temperature="0.7"), "temperature must be a finite number >= 0, got '0.7'"),
     (sampled(temperature=np.complex64(1)), "temperature must be a finite number >= 0, got (1+0j)"),
     (sampled(temperature=np.array(True)), "temperature must be a finite number >= 0, got True"),
+    (sampled(temperature=np.array("1")), "temperature must be a finite number >= 0, got 1"),
     (sampled(temperature=None), "temperature must be a finite number >= 0, got None"),
     (sampled(temperature=np.ones(2)), "temperature must be a finite number >= 0, got [1. 1.]"),
     (sampled(temperature=jnp.float32(-1)), "temperature must be a finite number >= 0, got -1.0"),

@@ -225,11 +225,12 @@ def test_bad_configuration(arguments: dict, message: str):
         DecoderConfig(**arguments)
 
 
-def test_numbers_that_jax_would_not_take():
+@pytest.mark.parametrize("x64", [False, True])
+def test_numbers_that_jax_would_not_take(x64: bool):
     """An integer beyond int32, and NumPy's float64, which promotes float32."""
     given = DecoderConfig(vocab_size=5, dim=8, depth=1, rotary_base=10**10, norm_epsilon=np.float64(1e-5))
     tokens = jnp.zeros((1, 2), jnp.int32)
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+    with jax.enable_x64(x64), jax.numpy_dtype_promotion("strict"):
         logits = Decoder(given, rngs=nnx.Rngs(0))(tokens).logits
         expected = Decoder(dataclasses.replace(given, rotary_base=1e10), rngs=nnx.Rngs(0))(tokens).logits
     np.testing.assert_array_equal(logits, expected)
