@@ -134,12 +134,20 @@ def block_from_torch(
     return block
 
 
+def _as_numpy(name: str, value: Any) -> np.ndarray:
+    """A weight as an array; of tensors PyTorch refuses some, and does not say which."""
+    try:
+        return np.asarray(value)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"{name} must be a CPU tensor or array of a dtype of NumPy's: {error}") from error
+
+
 class _Weights:
     """A state dict that remembers what was taken from it."""
 
     def __init__(self, state_dict: StateDict) -> None:
         instance("state_dict", state_dict, Mapping)
-        self.arrays = {str(name): np.asarray(array) for name, array in state_dict.items()}
+        self.arrays = {str(name): _as_numpy(str(name), array) for name, array in state_dict.items()}
         self.left = {name for name in self.arrays if not THRESHOLDS.fullmatch(name)}
 
     def take(self, name: str) -> np.ndarray:

@@ -170,7 +170,8 @@ def _config(constructor_args: Mapping[str, Any]) -> DecoderConfig:
 
 def _load(model: Any, names: Mapping[str, str], state_dict: Mapping[str, ArrayLike]) -> Any:
     """The module with the weights filled in; `names` may name more than it has."""
-    given = {str(name): np.asarray(value) for name, value in state_dict.items() if not str(name).endswith(_IGNORED)}
+    named = {str(name): value for name, value in state_dict.items()}
+    given = {name: _as_numpy(name, value) for name, value in named.items() if not name.endswith(_IGNORED)}
     paths, structure = jax.tree_util.tree_flatten_with_path(model)
     expected = {names[_name(path)] for path, _ in paths}
     missing, left_over = sorted(expected - set(given)), sorted(set(given) - expected)
@@ -188,6 +189,16 @@ def _load(model: Any, names: Mapping[str, str], state_dict: Mapping[str, ArrayLi
             raise ValueError(f"state_dict[{names[_name(path)]!r}] must be floating point, got {value.dtype}")
         leaves.append(jnp.asarray(value.T if is_matrix else value, leaf.dtype))
     return jax.tree_util.tree_unflatten(structure, leaves)
+
+
+def _as_numpy(name: str, value: Any) -> np.ndarray:
+    """A weight as an array; of tensors PyTorch refuses some, and does not say which."""
+    try:
+        return np.asarray(value)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"state_dict[{name!r}] must be a CPU tensor or array of a dtype of NumPy's: {error}"
+        ) from error
 
 
 def _shapes(decoder: Decoder) -> set[tuple[str, tuple[int, ...]]]:

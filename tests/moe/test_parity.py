@@ -228,6 +228,13 @@ def test_thresholds_in_the_state_dict_are_not_read():
     assert not any("threshold" in jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(moe))
 
 
+class TensorOfBfloat16:
+    """As PyTorch's, of which it has no NumPy array."""
+
+    def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
+        raise TypeError("Got unsupported ScalarType BFloat16")
+
+
 def test_a_state_dict_that_does_not_fit_is_refused():
     description, arrays = parity_case("moe_e4_top2_train")
     weights = with_prefix(arrays, "param/")
@@ -239,6 +246,8 @@ def test_a_state_dict_that_does_not_fit_is_refused():
         other = weights["gate.to_gates.weight"].astype(dtype)
         with pytest.raises(ValueError, match=r"gate\.to_gates\.weight must be floating point, got "):
             moe_from_torch(weights | {"gate.to_gates.weight": other}, **description["args"])
+    with pytest.raises(ValueError, match=r"gate\.to_gates\.weight must be a CPU tensor .* ScalarType BFloat16"):
+        moe_from_torch(weights | {"gate.to_gates.weight": TensorOfBfloat16()}, **description["args"])
     with pytest.raises(ValueError, match=r"must have 'gate\.to_gates\.weight'"):
         moe_from_torch({k: v for k, v in weights.items() if "to_gates" not in k}, **description["args"])
     for name, wanted in (("gate.to_gates.weight", (4, 32)), ("experts.experts.1.net.0.bias", (170,))):

@@ -81,6 +81,13 @@ def test_top_k_by_fraction(fraction: float):
     np.testing.assert_allclose(log_probs, jax.nn.log_softmax(expected, axis=-1), atol=2e-5, rtol=0)
 
 
+class TensorOfBfloat16:
+    """As PyTorch's, of which it has no NumPy array."""
+
+    def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
+        raise TypeError("Got unsupported ScalarType BFloat16")
+
+
 def without(name: str) -> dict[str, np.ndarray]:
     return {key: value for key, value in STATE.items() if key != name}
 
@@ -100,6 +107,11 @@ def without(name: str) -> dict[str, np.ndarray]:
             STATE | {"layers.1.0.to_out.weight": np.zeros((64, 64), complex)},
             {},
             r"state_dict\['layers.1.0.to_out.weight'\] must be floating point, got complex128",
+        ),
+        (
+            STATE | {"layers.1.0.to_out.weight": TensorOfBfloat16()},
+            {},
+            r"state_dict\['layers.1.0.to_out.weight'\] must be a CPU tensor .* Got unsupported ScalarType BFloat16",
         ),
         (STATE, {"depth": 2}, r"missing \[\], left over \['layers.2.0.norm.weight'"),
         (STATE, {"depth": 4}, r"missing \['layers.3.0.norm.weight'"),
