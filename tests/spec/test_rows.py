@@ -100,8 +100,10 @@ def test_keys_of_other_generators(implementation: str):
     assert_rows_equal(decode("plain", rows[5:6], IDS[5:6], implementation), plain, rows[5:6])
 
     # Nor where the caller does it.
+    target = transformer(0)
+
     def tokens(key: jax.Array) -> jax.Array:
-        return base_decoding(transformer(0), [[1]], max_new_tokens=8, key=key).tokens[0]
+        return base_decoding(target, [[1]], max_new_tokens=8, key=key).tokens[0]
 
     keys = jax.random.split(jax.random.key(3, impl=implementation), 3)
     at_once = jax.jit(jax.vmap(tokens))(keys)
