@@ -4,8 +4,8 @@
 
 Trains a small draft, an early exit and a prophet with the same steps and batches as `train_draft cpu`; n-gram lookup
 and layer skipping need no training and use the small draft's target. Then decodes code and prose, at temperatures 0
-and 1 and batches 1, 4 and 16. What is trained, and each cell measured, is kept: a second start goes on where the first
-one ended.
+and 1 and batches 1, 4 and 16. What is trained, and what is measured of each strategy at each batch size, is kept: a
+second start goes on where the first one ended.
 """
 
 from __future__ import annotations

@@ -72,9 +72,13 @@ def alternate(
       Seconds and results of every repeat, by name.
     """
     # XLA compiles a program on one thread, so a core each shortens the wait.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
         for warm_up in [pool.submit(call, 0) for call in calls.values()]:
             jax.block_until_ready(warm_up.result())
+    finally:
+        # An interrupt waits for what has begun, but not for the rest.
+        pool.shutdown(cancel_futures=True)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     results: dict[str, list[Any]] = {name: [] for name in calls}
     for repeat in range(repeats):

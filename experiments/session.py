@@ -159,7 +159,11 @@ def run(config: RunConfig, task: Task, console: Console | None = None, *, go_on:
     if config.report:
         copies = local_copy(state.models, mesh)
         if first_process:
-            task.on_report(copies, text, console, configuration)
+            try:
+                task.on_report(copies, text, console, configuration)
+            except KeyboardInterrupt:
+                console.print(f"[yellow]Stopped before the end of the report; make it with {go_on}.")
+                raise
     _wait_for_all("report")
     return 0
 

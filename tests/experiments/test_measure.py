@@ -1,5 +1,7 @@
 import itertools
 import json
+import os
+import time
 from typing import Any
 
 import jax
@@ -45,6 +47,21 @@ def test_calls_alternate_after_a_warm_up():
     order.clear()
     alternate(calls, repeats=1, following=True)
     assert order[2:] == [("a", 0), ("a", 0), ("b", 0), ("b", 0)]
+
+
+def test_what_has_not_begun_does_not_delay_an_interrupt():
+    begun, number = [], 8 * (os.cpu_count() or 1)
+
+    def first(repeat: int):
+        raise KeyboardInterrupt
+
+    def further(repeat: int):
+        begun.append(repeat)
+        time.sleep(0.1)
+
+    with pytest.raises(KeyboardInterrupt):
+        alternate({"first": first} | dict.fromkeys(map(str, range(number)), further), repeats=1)
+    assert len(begun) < number // 2
 
 
 def test_measurements_of_a_draft_that_is_the_target(tmp_path):

@@ -1,4 +1,5 @@
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from experiments.decoding_run import prompt
 from experiments.metrics import read_metrics
 from experiments.output import prepare_output
 from experiments.runtime import exit_with
-from experiments.session import finish
+from experiments.session import finish, run
 from experiments.train_state import TrainState, shard_rows
 from experiments.training import NonFiniteLossError, state_parts
 from tests.experiments.runs import leaves, steps_kept, tiny_config, train
@@ -247,6 +248,20 @@ def test_overwrite_replaces_a_run(tmp_path):
         train(dataclasses.replace(config, resume=True))
     with pytest.raises(ValueError, match=message):
         finish(config, train_draft.task(config), Console(quiet=True))
+
+
+def test_an_interrupted_report_says_how_to_have_it(tmp_path):
+    config = tiny_config(tmp_path, steps=2, prompt_length=8, report=True)
+    console = Console(file=io.StringIO(), width=120)
+
+    def on_report(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(config, dataclasses.replace(train_draft.task(config), on_report=on_report), console)
+    assert isinstance(console.file, io.StringIO)
+    assert "Stopped before the end of the report; make it with --resume." in console.file.getvalue()
+    assert steps_kept(config) == [2]
 
 
 def test_the_report_is_of_the_trained_models(tmp_path):
