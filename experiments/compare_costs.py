@@ -16,16 +16,14 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 import spec_jax
 from experiments.checks import at_least
 from experiments.command_line import given_config
 from experiments.measure import measure_costs
 from experiments.output import make_folder_of
-from experiments.report import machine
+from experiments.report import machine, narrow_table
 from experiments.runtime import exit_with
 
 
@@ -97,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with console.status(f"timing on {jax.devices()[0].device_kind}"):
         rows = round_costs(config)
     names = list(dict.fromkeys(row["strategy"] for row in rows))
-    table = Table(title="a round in plain steps: γ·c + s (c, s)", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = narrow_table("a round in plain steps: γ·c + s (c, s)")
     for column in ("γ", *names):
         table.add_column(column)
     for gamma in config.gammas:

@@ -19,9 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from experiments import train_moe
 from experiments.checks import at_least
@@ -31,7 +29,7 @@ from experiments.figures import Panel, save_panels
 from experiments.flops import counted_flops
 from experiments.metrics import read_metrics
 from experiments.output import make_folder
-from experiments.report import machine
+from experiments.report import machine, narrow_table
 from experiments.runtime import exit_with, require_one_process, use_compilation_cache
 from experiments.session import finish_each
 from experiments.train_moe import PRESETS, VARIANTS, TrainMoEConfig
@@ -284,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     make_folder(config.output)
     results = run_all(config, console)
     rows = table_rows(results)
-    table = Table(title="the same text and batches", caption=CAPTION, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = narrow_table("the same text and batches", caption=CAPTION)
     for column in COLUMNS:
         table.add_column(column, no_wrap=column == COLUMNS[0])
     for row in rows:

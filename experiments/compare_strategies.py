@@ -20,9 +20,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 import spec_jax
 from experiments import search_layer_skip, train_draft, train_early_exit, train_prophet
@@ -35,7 +33,7 @@ from experiments.figures import Panel, save_panels
 from experiments.generate import LoadedRun, load_run
 from experiments.measure import PLAIN, Measurement, measure_costs, measure_decoding
 from experiments.output import make_folder, write_whole
-from experiments.report import machine
+from experiments.report import machine, narrow_table
 from experiments.runtime import exit_with, require_one_process, use_compilation_cache
 from experiments.session import Task, finish_each
 
@@ -255,11 +253,8 @@ def print_rows(console: Console, rows: Sequence[Row]) -> None:
     """The best gamma of each strategy in each place: measured, formula, acceptance."""
     places = sorted({(row.measurement.batch, row.temperature, row.text) for row in rows})
     strategies = list(dict.fromkeys(row.strategy for row in rows))
-    # Narrow enough for 80 columns.
-    table = Table(
-        title="speed-up over plain decoding at temperature T, at the best γ; below: the formula's, what was accepted",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+    table = narrow_table(
+        "speed-up over plain decoding at temperature T, at the best γ; below: the formula's, what was accepted",
         show_edge=False,
     )
     for column in ("batch", "T", "text", *strategies):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from experiments.report import narrow_table
 
 Row = Mapping[str, Any]
 
@@ -16,7 +17,9 @@ def print_section(section: str, rows: Sequence[Row]) -> None:
     """Times of each call, and their ratio to the row's base; below them what else is known."""
     names = list(rows[0]["milliseconds_min"])
     title = f"{section}: fastest (median) milliseconds, median ratio to {rows[0]['base']}"
-    table = Table("what", *names, title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), leading=1)
+    table = narrow_table(title, leading=1)
+    for column in ("what", *names):
+        table.add_column(column)
     notes = []
     for row in rows:
         what = [*(f"{key} {row[key]}" for key in ("shape", "experts", "dispatch") if key in row), row["mode"]]

@@ -48,14 +48,16 @@ def _processor() -> str:
     return platform.processor()
 
 
+def narrow_table(title: str, **options: Any) -> Table:
+    """A table of which much fits 80 columns: one space between columns, and a line below their heads only."""
+    return Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), **options)
+
+
 def print_table(console: Console, measurements: Sequence[Measurement], *, title: str) -> None:
     """Plain decoding and each strategy, the fastest one in bold."""
     best = max(measurements, key=lambda m: m.speedup)
-    # Narrow enough for 80 columns.
-    table = Table(
-        title=title,
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+    table = narrow_table(
+        title,
         caption="accepted: how often a token is kept when all drafted before it were; "
         "c, s: time to draft one token and to score a draft, in plain steps",
     )

@@ -179,14 +179,15 @@ def _load(model: Any, names: Mapping[str, str], state_dict: Mapping[str, ArrayLi
         raise ValueError(f"state_dict must hold exactly the model's weights, missing {missing}, left over {left_over}")
     leaves = []
     for path, leaf in paths:
-        value = given[names[_name(path)]]
+        name = names[_name(path)]
+        value = given[name]
         # torch keeps a linear layer's weight as (out, in).
         is_matrix = _name(path).endswith(".kernel")
         shape = leaf.shape[::-1] if is_matrix else leaf.shape
         if value.shape != shape:
-            raise ValueError(f"state_dict[{names[_name(path)]!r}] must have shape {shape}, got {value.shape}")
+            raise ValueError(f"state_dict[{name!r}] must have shape {shape}, got {value.shape}")
         if not jnp.issubdtype(value.dtype, jnp.floating):
-            raise ValueError(f"state_dict[{names[_name(path)]!r}] must be floating point, got {value.dtype}")
+            raise ValueError(f"state_dict[{name!r}] must be floating point, got {value.dtype}")
         leaves.append(jnp.asarray(value.T if is_matrix else value, leaf.dtype))
     return jax.tree_util.tree_unflatten(structure, leaves)
 

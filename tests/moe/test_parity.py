@@ -27,6 +27,7 @@ from moe_jax import (
 from moe_jax.interop import config_from_torch
 from moe_jax.noise import RouterNoise
 from tests.moe.support import apply, assign_slots, parity_case, with_prefix
+from tests.tensors import TensorOfBfloat16
 
 TOLERANCE = 2e-5
 CASES = [
@@ -226,13 +227,6 @@ def test_thresholds_in_the_state_dict_are_not_read():
     assert isinstance(moe.config.router, TopN)
     assert moe.config.router.threshold_train == 0.3
     assert not any("threshold" in jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(moe))
-
-
-class TensorOfBfloat16:
-    """As PyTorch's, of which it has no NumPy array."""
-
-    def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
-        raise TypeError("Got unsupported ScalarType BFloat16")
 
 
 def test_a_state_dict_that_does_not_fit_is_refused():

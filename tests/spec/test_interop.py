@@ -18,6 +18,7 @@ from spec_jax.interop import decoder_from_torch, decoder_to_torch, torch_names
 from spec_jax.losses import next_token_loss
 from spec_jax.sampling import filtered_log_probs, keep_top_k
 from tests.spec.transformers import CONFIG, transformer
+from tests.tensors import TensorOfBfloat16
 
 DATA = pathlib.Path(__file__).parent.parent / "data"
 
@@ -79,13 +80,6 @@ def test_top_k_by_fraction(fraction: float):
     np.testing.assert_array_equal(keep_top_k(jnp.asarray(case["logits"]), fraction), expected)
     log_probs = filtered_log_probs(jnp.asarray(case["logits"]), Sampling(top_k=fraction).checked())
     np.testing.assert_allclose(log_probs, jax.nn.log_softmax(expected, axis=-1), atol=2e-5, rtol=0)
-
-
-class TensorOfBfloat16:
-    """As PyTorch's, of which it has no NumPy array."""
-
-    def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
-        raise TypeError("Got unsupported ScalarType BFloat16")
 
 
 def without(name: str) -> dict[str, np.ndarray]:
