@@ -97,7 +97,11 @@ def main(config: Config) -> dict[str, Any]:
     report: dict[str, Any] = {"machine": machine(), "config": dataclasses.asdict(config) | {"output": None}}
     if with_torch:
         report["versions"] = torch_reference.versions()
-    report["plain"] = [_plain(config, target, batch, with_torch) for batch in config.batches]
+    report["plain"] = []
+    for batch in config.batches:
+        console.print(f"measuring plain decoding, batch {batch}", highlight=False)
+        report["plain"].append(_plain(config, target, batch, with_torch))
+    console.print(f"measuring speculative decoding, gamma {config.gamma}", highlight=False)
     report["speculative"] = _speculative(config, target, draft, with_torch)
     _print(console, report)
     config.output.write_text(json.dumps(report, indent=2) + "\n")

@@ -20,13 +20,14 @@ from typing import Any, Literal
 import jax
 import numpy as np
 from flax import nnx
+from rich.console import Console
 
 import moe_jax
 from experiments import mesh_costs, moe_programs, moe_reference
 from experiments.checks import at_least, not_installed
 from experiments.command_line import given_config
 from experiments.measure import alternate
-from experiments.moe_tables import print_meshes, print_section
+from experiments.moe_tables import described, print_meshes, print_section
 from experiments.output import make_folder_of
 from experiments.peak_memory import check_measurable, peak_memory
 from experiments.report import machine
@@ -95,7 +96,7 @@ WITH_TORCH = ("original", "mixtral")
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Measures the sections asked for, prints each as it is done, and writes them into the JSON."""
+    """Measures the sections asked for, says what is done, prints each at its end, and writes them into the JSON."""
     make_folder_of(config.output)
     measure: dict[str, Callable[[Config], Iterable[Row]]] = {
         "original": against_original,
@@ -115,8 +116,13 @@ def main(config: Config) -> dict[str, Any]:
         )
     if config.memory and "original" in sections:
         check_measurable()
+    console = Console()
     for section in sections:
-        rows = list(measure[section](config))
+        console.print(f"measuring {section}", highlight=False)
+        rows = []
+        for row in measure[section](config):
+            rows.append(row)
+            console.print(f"{section}: {', '.join(described(row))} done", highlight=False, soft_wrap=True)
         (print_meshes if section == "mesh" else partial(print_section, section))(rows)
         report[section] = {
             "machine": machine(),

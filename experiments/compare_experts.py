@@ -24,6 +24,7 @@ from rich.console import Console
 from experiments import train_moe
 from experiments.checks import at_least
 from experiments.command_line import given_config
+from experiments.data import load_text
 from experiments.expert_decoder import forward, sum_of
 from experiments.figures import Panel, save_panels
 from experiments.flops import counted_flops
@@ -279,6 +280,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     require_one_process()
     console = Console()
     use_compilation_cache()
+    first = config.run(config.variants[0], 0)
+    # Before the folder is made: raises where the text is none to train on.
+    load_text(config.data).check(first.sequence_length)
     make_folder(config.output)
     results = run_all(config, console)
     rows = table_rows(results)
@@ -288,7 +292,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    first = config.run(config.variants[0], 0)
     content = {
         "machine": machine(),
         "batch": [first.batch_size, first.sequence_length],

@@ -13,6 +13,11 @@ from experiments.report import narrow_table
 Row = Mapping[str, Any]
 
 
+def described(row: Row) -> list[str]:
+    """What a row is of, in words."""
+    return [*(f"{key} {row[key]}" for key in ("mesh", "shape", "experts", "dispatch") if key in row), row["mode"]]
+
+
 def print_section(section: str, rows: Sequence[Row]) -> None:
     """Times of each call, and their ratio to the row's base; below them what else is known."""
     names = list(rows[0]["milliseconds_min"])
@@ -22,7 +27,7 @@ def print_section(section: str, rows: Sequence[Row]) -> None:
         table.add_column(column)
     notes = []
     for row in rows:
-        what = [*(f"{key} {row[key]}" for key in ("shape", "experts", "dispatch") if key in row), row["mode"]]
+        what = described(row)
         best, median, ratio = (row[key] for key in ("milliseconds_min", "milliseconds_median", "over_base_median"))
         cells = (f"{_digits(best[name])} ({_digits(median[name])})\n{ratio[name]:.2f} ×" for name in names)
         table.add_row("\n".join(what), *cells)

@@ -47,8 +47,10 @@ def test_sections_are_measured_and_added_to_the_file(tmp_path: pathlib.Path):
     assert report["experts"]["config"]["repeats"] == 2
 
 
-def test_meshes_are_read_from_their_programs(tmp_path: pathlib.Path):
+def test_meshes_are_read_from_their_programs(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]):
     report = benchmark_moe.main(dataclasses.replace(tiny(tmp_path, "dense"), mesh=("1x1", "1x2", "2x2"), shape=(1, 32)))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["measuring mesh", "mesh: mesh 1x1, experts 4, forward done"]
     assert list(report) == ["mesh"]
     alone, rows = report["mesh"]["rows"][:2], report["mesh"]["rows"][2:]
     assert [row["all_to_alls"] for row in alone] == [0, 0]

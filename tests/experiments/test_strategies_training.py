@@ -227,7 +227,7 @@ def test_the_target_does_not_depend_on_the_prophet():
         (lambda: compare_strategies.CompareConfig(gammas=(0, 1)), "gammas must be at least 1, got"),
         (lambda: compare_strategies.CompareConfig(repeats=0), "repeats must be at least 1, got 0"),
         (lambda: compare_strategies.CompareConfig(temperatures=(math.nan,)), "temperatures must be at least 0, got"),
-        (lambda: compare_strategies.CompareConfig(temperatures=(1.0, math.inf)), "temperature must be a finite number"),
+        (lambda: compare_strategies.CompareConfig(temperatures=(1.0, math.inf)), "temperatures must be finite, got"),
         (lambda: compare_strategies.main(["--batches", "5000"]), "repeats · batches must be at most .*, got 15000"),
         (lambda: compare_strategies.CompareConfig(steps=0), "steps must be at least 1, got 0"),
         (lambda: compare_costs.CostConfig(gammas=(0,)), "gammas must be at least 1, got"),

@@ -188,6 +188,14 @@ def test_variants_are_compared(tmp_path, monkeypatch: pytest.MonkeyPatch):
         compare_experts.main([*arguments, "--data", str(tmp_path / "other.txt")])
 
 
+def test_a_study_of_too_short_a_text_leaves_no_folder(tmp_path: pathlib.Path):
+    (tmp_path / "text.txt").write_bytes(b"short")
+    arguments = ["--output", str(tmp_path / "experts"), "--data", str(tmp_path / "text.txt")]
+    with pytest.raises(ValueError, match="data must have at least sequence_length"):
+        compare_experts.main(arguments)
+    assert not (tmp_path / "experts").exists()
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
