@@ -127,7 +127,10 @@ def save_panels(path: pathlib.Path, grid: Sequence[Sequence[Panel]]) -> None:
                 axes.plot(*_columns(points), color=colours[name], **dashed)
                 formula_handle["formula"] = Line2D([], [], color="0.3", **dashed)
             axes.set_ylim(bottom=panel.bottom)
-            _whole_numbers(axes, nbins=6)
+            if all(float(x).is_integer() for points in panel.lines.values() for x, _ in points):
+                _whole_numbers(axes, nbins=6)
+            else:
+                axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
             if panel.own_legend:
                 # Room above the lines for rows of two names.
                 bottom, top = axes.get_ylim()

@@ -1,6 +1,7 @@
 """What a person reads at the end of a run: the numbers of a table and the lines of its figures."""
 
 import io
+import itertools
 import json
 import pathlib
 from typing import Any
@@ -111,6 +112,18 @@ def test_a_sheet_of_few_panels_and_single_points(tmp_path: pathlib.Path, drawn: 
     assert [text.get_text() for text in legend.get_texts()] == [*names, "formula"]
     assert legend.get_window_extent().width < sheet.bbox.width
     assert [line.get_marker() for line in sheet.axes[1].lines] == ["o"] * 5 + ["x"] * 5
+
+
+@pytest.mark.parametrize(("last", "whole"), [(3.0, True), (0.62, False), (0.0012, False)])
+def test_the_horizontal_axis_of_a_panel(tmp_path: pathlib.Path, drawn: dict[str, Figure], last: float, whole: bool):
+    """Whole numbers of steps; of what is no whole number several ticks, apart from each other."""
+    save_panels(tmp_path / "sheet.png", [[Panel("one", "x", "y", {"a": [(0.0, 2.0), (last, 1.0)]})]])
+    (axes,) = drawn["sheet.png"].axes
+    labels = [label for tick, label in zip(axes.get_xticks(), axes.get_xticklabels()) if 0 <= tick <= last]
+    assert len(labels) >= 2
+    assert all(float(tick).is_integer() for tick in axes.get_xticks()) == whole
+    boxes = [label.get_window_extent() for label in labels]
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
 
 
 def test_panels_by_hand(tmp_path: pathlib.Path, drawn: dict[str, Figure]):
