@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 
 from spec_jax.drafters.base import Drafter, LanguageModel
 from spec_jax.sampling import Sampling
-from spec_jax.scalars import is_integer
+from spec_jax.scalars import is_integer, is_number
 from spec_jax.verification import Verification
 
 
@@ -27,7 +27,7 @@ def checked_prompt(
     """
     prompt_bp = _array("prompt", prompt)
     if prompt_bp.ndim != 2 or not np.issubdtype(prompt_bp.dtype, np.integer):
-        raise ValueError(f"prompt must be (B, T) integers, got {prompt_bp.shape} {prompt_bp.dtype}")
+        raise ValueError(f"prompt must be (B, P) integers, got {prompt_bp.shape} {prompt_bp.dtype}")
     batch, width = prompt_bp.shape
     if batch == 0 or width == 0:
         raise ValueError(f"prompt must have at least one row and one token, got shape {prompt_bp.shape}")
@@ -68,9 +68,8 @@ def checked_drafter(target: LanguageModel, drafter: Drafter, verification: str, 
     _check_known("lenience", lenience)
     if isinstance(lenience, jax.Array) and lenience.ndim == 0:
         lenience = lenience.item()
-    kind = float | int | np.number
     # As a float32, which the smallest float64s are 0 in.
-    if isinstance(lenience, bool) or not isinstance(lenience, kind) or not 0 < np.float32(lenience) <= 1:
+    if not is_number(lenience) or not 0 < np.float32(lenience) <= 1:
         raise ValueError(f"lenience must be in (0, 1], got {lenience!r}")
     if lenience != 1 and rule != Verification.REJECTION:
         raise ValueError(f"lenience must be 1 for verification {str(rule)!r}: only 'rejection' has it; got {lenience}")
@@ -230,5 +229,5 @@ def _array(name: str, value: ArrayLike) -> np.ndarray:
     _check_known(name, value)
     try:
         return np.asarray(value)
-    except ValueError as error:  # Rows of different lengths.
+    except (TypeError, ValueError) as error:  # Rows of different lengths; random keys.
         raise ValueError(f"{name} must be one rectangular array, padded where rows are shorter: {error}") from None

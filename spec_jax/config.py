@@ -68,6 +68,8 @@ class DecoderConfig:
             for name in ("early_exit_extra_blocks", "detach_early_exit_hiddens", "early_exit_recycling"):
                 if value := getattr(self, name):
                     raise ValueError(f"{name} must not be set without early_exit_layer, got {value}")
+        if not isinstance(self.detach_early_exit_hiddens, bool):
+            raise ValueError(f"detach_early_exit_hiddens must be a bool, got {self.detach_early_exit_hiddens!r}")
         for field in dataclasses.fields(self):
             # NumPy's small integers would overflow in products of sizes, and its float64 promotes what it meets.
             if is_number(value := getattr(self, field.name)):

@@ -150,14 +150,19 @@ class Decoder(nnx.Module):
             raise ValueError(f"tokens must be (B, T) integers and not empty, got {tokens_bt.shape} {tokens_bt.dtype}")
         if cache is None:
             return
+        if not isinstance(cache, KVCache):
+            raise ValueError(f"cache must be a KVCache, got a {type(cache).__name__}")
         config, (batch, positions) = self.config, tokens_bt.shape
         if positions > cache.size:
             raise ValueError(f"tokens must fit the cache's {cache.size} slots, got {positions} a row")
         shape = (batch, config.num_kv_heads, cache.size, config.dim_head)
-        if len(cache.keys) != config.depth or cache.keys[0].shape != shape:
+        expected = config.depth * [f"{shape} {config.dtype}"]
+        keys, values = ([f"{x.shape} {x.dtype}" for x in arrays] for arrays in (cache.keys, cache.values))
+        if keys != expected or values != expected or cache.length_b.shape != (batch,):
             raise ValueError(
-                f"cache must be as init_cache({batch}, {cache.size}) gives it, {config.depth} layers of {shape}, "
-                f"got {len(cache.keys)} of {cache.keys[0].shape}"
+                f"cache must be as init_cache({batch}, {cache.size}) gives it, {config.depth} layers of {expected[0]} "
+                f"and lengths ({batch},), got {len(keys)} of keys {keys[0]} and values {values[0]} and lengths "
+                f"{cache.length_b.shape}"
             )
 
 

@@ -35,6 +35,11 @@ class ProphetModel(nnx.Module):
             None if dim == target_dim else nnx.Linear(target_dim, dim, use_bias=False, dtype=dtype, rngs=rngs)
         )
 
+    @property
+    def target_dim(self) -> int:
+        """Width of the hidden states it starts from."""
+        return self.decoder.config.dim if self.project is None else self.project.in_features
+
     def embed(self, states_bnd: jax.Array, tokens_bt: jax.Array) -> jax.Array:
         """(B, N + T, D) inputs: the target's hidden states (B, N, target's width), then the tokens' embeddings."""
         embedded_btd = self.decoder.embed(tokens_bt)
@@ -96,6 +101,10 @@ class ModelWithProphet(nnx.Module):
         num_leading_start_tokens, vocab_size = prophet.num_leading_start_tokens, prophet.decoder.vocab_size
         if vocab_size != target.vocab_size:
             raise ValueError(f"prophet must have the target's {target.vocab_size} tokens, got {vocab_size}")
+        if prophet.target_dim != target.config.dim:
+            raise ValueError(
+                f"target must have the width {prophet.target_dim} that the prophet starts from, got {target.config.dim}"
+            )
         if prophet_train_length <= num_leading_start_tokens:
             raise ValueError(
                 f"prophet_train_length must be above num_leading_start_tokens = {num_leading_start_tokens}, "
@@ -139,4 +148,6 @@ class ModelWithProphet(nnx.Module):
         """(B, T, …) cut into (B, W, P − 1, …): window i starts at position i."""
         width = self.prophet_train_length - 1
         count = values_bt.shape[1] - width + 1
+        # A NumPy array has no traced indices.
+        values_bt = jnp.asarray(values_bt)
         return values_bt[:, jnp.arange(count, dtype=jnp.int32)[:, None] + jnp.arange(width, dtype=jnp.int32)[None, :]]

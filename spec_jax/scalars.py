@@ -12,8 +12,14 @@ def is_integer(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is real."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+    """Whether it is real, and a float holds it."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True
 
 
 def check_integer(name: str, value: Any, least: int) -> None:

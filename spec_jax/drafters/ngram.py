@@ -65,7 +65,9 @@ class NGram(Drafter):
     ) -> Proposal:
         """What followed the latest longest match, in each row that has one."""
         del choose
-        tokens_bj, found_b = lookup(sequence, gamma=self.gamma, min_ngram=self.min_ngram, max_ngram=self.max_ngram)
+        # NumPy's integers promote what they meet.
+        shortest, longest = int(self.min_ngram), int(self.max_ngram)
+        tokens_bj, found_b = lookup(sequence, gamma=self.gamma, min_ngram=shortest, max_ngram=longest)
         is_token_bjv = tokens_bj[:, :, None] == jnp.arange(target.vocab_size, dtype=jnp.int32)[None, None, :]
         log_probs_bjv = jnp.where(is_token_bjv, 0.0, -jnp.inf)
         count_b = jnp.where(found_b, self.gamma, 0).astype(jnp.int32)

@@ -23,6 +23,6 @@ class Plain(Drafter):
         """An empty draft."""
         del choose
         batch = sequence.length_b.shape[0]
-        log_probs_bjv = jnp.zeros((batch, 0, target.vocab_size))
+        log_probs_bjv = jnp.zeros((batch, 0, target.vocab_size), jnp.float32)
         draft = Draft(jnp.zeros((batch, 0), jnp.int32), log_probs_bjv, jnp.zeros((batch,), jnp.int32))
         return Proposal(draft, target_cache, state)

@@ -43,8 +43,7 @@ class Prophet(Drafter):
             raise ValueError(f"prophet must be a ModelWithProphet or its prophet, got {type(self.prophet).__name__}")
         if not isinstance(target, Decoder):
             raise ValueError(f"target must be a Decoder for Prophet, got {type(target).__name__}")
-        project, dim = self.prophet.project, target.config.dim
-        expected = self.prophet.decoder.config.dim if project is None else project.in_features
+        expected, dim = self.prophet.target_dim, target.config.dim
         if dim != expected:
             raise ValueError(f"target must have the width {expected} that the prophet starts from, got {dim}")
 

@@ -195,6 +195,25 @@ def test_a_cache_of_another_model_or_batch(changed: dict, batch: int):
         decoder(jnp.zeros((3, 2), jnp.int32), other.init_cache(batch, 8))
 
 
+@pytest.mark.parametrize("part", ["dtype", "values", "lengths", "kind"])
+def test_a_cache_of_which_a_part_is_anothers(part: str):
+    """What would pass unnoticed, or fail in the words of an operation within."""
+    decoder = transformer(0)
+    cache: Any = decoder.init_cache(3, 8)
+    other = transformer(0, dataclasses.replace(CONFIG, dtype="bfloat16")).init_cache(3, 8)
+    message = r"cache must be as init_cache\(3, 8\) gives it, 2 layers of .* float32 and lengths \(3,\), got 2 of keys "
+    if part == "dtype":
+        cache, message = other, message + r".* bfloat16 and values .* bfloat16 and lengths \(3,\)"
+    elif part == "values":
+        cache, message = dataclasses.replace(cache, values=other.values), message + ".* float32 and values .* bfloat16"
+    elif part == "lengths":
+        cache, message = cache.with_length(jnp.zeros(2, jnp.int32)), message + r".* float32 and lengths \(2,\)"
+    else:
+        cache, message = cache.keys, "cache must be a KVCache, got a tuple"
+    with pytest.raises(ValueError, match=message):
+        decoder(jnp.zeros((3, 2), jnp.int32), cache)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -210,6 +229,11 @@ def test_a_cache_of_another_model_or_batch(changed: dict, batch: int):
         ({"heads": 8, "kv_heads": 3}, "kv_heads must divide heads = 8, got 3"),
         ({"dtype": "float16"}, "dtype must be 'float32' or 'bfloat16', got 'float16'"),
         ({"rotary_base": "10000"}, "rotary_base must be a finite number above 0, got '10000'"),
+        ({"rotary_base": 10**400}, "rotary_base must be a finite number above 0, got 1000"),
+        (
+            {"early_exit_layer": 1, "detach_early_exit_hiddens": "no"},
+            "detach_early_exit_hiddens must be a bool, got 'no'",
+        ),
         ({"norm_epsilon": None}, "norm_epsilon must be a finite number above 0, got None"),
         *(
             (

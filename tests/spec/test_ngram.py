@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
@@ -135,6 +136,18 @@ def test_smallest_gammas(gamma: int):
         deterministic_toy([1, 0]), NGram(gamma=gamma), [[0]], max_new_tokens=9, key=jax.random.key(0)
     )
     assert result.tokens[0].tolist() == [1, 0, 1, 0, 1, 0, 1, 0, 1]
+
+
+def test_sizes_of_numpy():
+    """int8 would be promoted by what it meets."""
+    kinds: Any = int, np.int8
+    drafters = [NGram(gamma=3, min_ngram=kind(1), max_ngram=kind(2)) for kind in kinds]
+    of_python, of_numpy = (
+        speculative_decoding(deterministic_toy([1, 0]), drafter, [[0, 1]], max_new_tokens=9, key=jax.random.key(0))
+        for drafter in drafters
+    )
+    assert of_numpy.tokens.tolist() == of_python.tokens.tolist()
+    assert of_numpy.accepted.tolist() == of_python.accepted.tolist() != [0]
 
 
 def test_what_the_target_shows_of_itself_may_be_anything():

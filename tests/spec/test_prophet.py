@@ -182,6 +182,22 @@ def test_a_sequence_as_long_as_a_window_is_one():
     assert pair(jnp.asarray(TOKENS[:, :6])).prophet_logits.shape == (3, 1, 5, CONFIG.vocab_size)
 
 
+def test_tokens_and_masks_of_numpy_in_a_program():
+    """As `Decoder` takes them, closed over."""
+    pair, mask_bt = random_pair(CONFIG), np.arange(14)[None, :] < np.array([14, 12, 9])[:, None]
+
+    def losses(tokens_bt: Any, mask_bt: Any) -> tuple[jax.Array, ...]:
+        output = pair(tokens_bt)
+        return (
+            *prophet_losses(pair, output, tokens_bt, mask_bt=mask_bt),
+            prophet_distillation_loss(pair, output, mask_bt=mask_bt),
+        )
+
+    expected = losses(jnp.asarray(TOKENS), jnp.asarray(mask_bt))
+    for got in (losses(TOKENS, mask_bt), jax.jit(lambda: losses(TOKENS, mask_bt))()):
+        np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
 def test_bad_input():
     for shape in ((1, 5), (8,)):
         got = re.escape(str(shape))
@@ -194,6 +210,9 @@ def test_bad_input():
         ModelWithProphet(None, transformer(0), rngs=nnx.Rngs(0))  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="prophet must be a Decoder or a ProphetModel, got NoneType"):
         ModelWithProphet(transformer(0), None, rngs=nnx.Rngs(0))  # pyright: ignore[reportArgumentType]
+    wider = transformer(0, dataclasses.replace(CONFIG, dim=2 * CONFIG.dim))
+    with pytest.raises(ValueError, match=f"target must have the width {CONFIG.dim} that the prophet starts from, got"):
+        ModelWithProphet(wider, random_pair(CONFIG).prophet)
     pair = random_pair(CONFIG, num_leading_start_tokens=3)
     with pytest.raises(ValueError, match="prophet_train_length must be above num_leading_start_tokens = 3, got 3"):
         ModelWithProphet(pair.target, pair.prophet, prophet_train_length=3)

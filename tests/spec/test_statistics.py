@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spec_jax import DecodeResult, Sampling, SmallModel, base_decoding, speculative_decoding, stream
+from spec_jax import DecodeResult, NGram, Sampling, SmallModel, base_decoding, speculative_decoding, stream
 from spec_jax.result import DecodeStats
 from tests.spec.toys import Toy, deterministic_toy, random_toy
 from tests.spec.transformers import ragged_prompts
@@ -216,6 +216,16 @@ def test_dtypes_under_x64(rule: str):
         rates = result.acceptance_by_position, result.acceptance_rate, result.block_efficiency
         assert {x.dtype for x in jax.tree.leaves(counts)} == {jnp.dtype(jnp.int32)}
         assert {x.dtype for x in (*rates, result.mean_accepted_length)} == {jnp.dtype(jnp.float32)}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_nothing_drafted_under_x64(rule: str):
+    with jax.enable_x64(True):
+        result = speculative_decoding(
+            TARGET, NGram(gamma=0), [[0]], max_new_tokens=3, key=jax.random.key(0), verification=rule
+        )
+    assert result.lengths.tolist() == [3]
+    assert result.drafted.tolist() == [0]
 
 
 def test_rates_of_calls_under_vmap_are_over_all_their_rows():
