@@ -1,5 +1,6 @@
 """Arguments that are not of the kind they should be, in words that name them."""
 
+import dataclasses
 import math
 import numbers
 from collections.abc import Mapping
@@ -7,13 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
 
 def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     """Raises ValueError when `value` is not one of the allowed names."""
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
@@ -63,6 +65,14 @@ def device_mesh(name: str, value: Any) -> None:
         instance(name, value, Mesh)
 
 
+def two_axes(data_axis: Any, expert_axis: Any) -> None:
+    """Raises ValueError when these are no two names."""
+    instance("data_axis", data_axis, str)
+    instance("expert_axis", expert_axis, str)
+    if data_axis == expert_axis:
+        raise ValueError(f"data_axis and expert_axis must be different names, got {data_axis!r} twice")
+
+
 def array(name: str, value: Any) -> None:
     """Raises ValueError when `value` is no array of NumPy or JAX."""
     if not hasattr(value, "dtype"):
@@ -105,5 +115,19 @@ def renamed(error: ValueError, names: Mapping[str, str], prefix: str = "") -> Va
     return ValueError(f"{prefix}{names.get(name, name)} {rest}")
 
 
+def without_numpy(config: Any) -> None:
+    """NumPy's numbers among the fields of a frozen dataclass become Python's, which promote nothing they meet."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, np.generic):
+            object.__setattr__(config, field.name, value.item())
+
+
 def _finite(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a real number that a float holds."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False

@@ -1,11 +1,10 @@
 """Everything about a layer that is not a weight."""
 
 import dataclasses
-import operator
 
 import jax.numpy as jnp
 
-from moe_jax.checks import flag, floating, function, instance, number, one_of, positive, whole
+from moe_jax.checks import flag, floating, function, instance, number, one_of, positive, two_axes, whole, without_numpy
 from moe_jax.dispatch import DISPATCHES, Dispatch
 from moe_jax.experts import Activation, Init, gelu
 from moe_jax.routing import Router, SlotOrder, TopN
@@ -87,6 +86,7 @@ class MoEConfig:
     expert_axis: str = "expert"
 
     def __post_init__(self) -> None:
+        without_numpy(self)
         for name in ("dim", "num_experts"):
             whole(name, getattr(self, name), 1)
         for name in ("min_capacity", "num_shared_experts"):
@@ -98,23 +98,17 @@ class MoEConfig:
         positive("hidden_mult", self.hidden_mult)
         if self.hidden is not None:
             whole("hidden", self.hidden, 1)
-        elif not self.expert_hidden:
-            raise ValueError(f"hidden_mult must give hidden states at least 1 wide, got {self.hidden_mult}")
+        elif not 1 <= self.dim * self.hidden_mult * 2 / 3 < 2**31:
+            raise ValueError(f"hidden_mult must give hidden states in [1, 2^31) wide, got {self.hidden_mult}")
         instance("router", self.router, Router)
         function("activation", self.activation)
         floating("param_dtype", self.param_dtype)
-        for name in ("data_axis", "expert_axis"):
-            instance(name, getattr(self, name), str)
-        if self.data_axis == self.expert_axis:
-            raise ValueError(f"data_axis and expert_axis must be different names, got {self.data_axis!r} twice")
+        two_axes(self.data_axis, self.expert_axis)
         one_of("slot_order", self.slot_order, SLOT_ORDERS)
         one_of("dispatch", self.dispatch, DISPATCHES)
         one_of("dispatch_eval", self.dispatch_in(train=False), DISPATCHES)
         one_of("init", self.init, ("paper", "original"))
         check_group_size(self.group_size)
-        if not isinstance(self.group_size, str):
-            # An integer of NumPy is one here, and no other thing elsewhere.
-            object.__setattr__(self, "group_size", operator.index(self.group_size))
         # A type, its dtype and its name are equal in NumPy but not in hash, or not at all.
         object.__setattr__(self, "param_dtype", jnp.dtype(self.param_dtype))
         number("input_jitter", self.input_jitter, 0)

@@ -77,9 +77,9 @@ def relaxed_top_k(scores_te: jax.Array, size: float, *, iterations: int, tempera
 
     Args:
       scores_te: (T, E) float.
-      size: how many to choose, not necessarily whole.
+      size: how many to choose, not necessarily whole. Static.
       iterations: updates of the two dual variables. Static.
-      temperature: weight of the entropy, in units of the scores.
+      temperature: weight of the entropy, in units of the scores. Static.
 
     Raises:
       ValueError: the scores are no array of floating point, or an argument is out of range.
@@ -90,8 +90,11 @@ def relaxed_top_k(scores_te: jax.Array, size: float, *, iterations: int, tempera
     floating("scores_te", scores_te.dtype)
     positive("temperature", temperature)
     whole("iterations", iterations, 1)
-    if not 0 < size <= scores_te.shape[-1]:
+    positive("size", size)
+    if size > scores_te.shape[-1]:
         raise ValueError(f"size must be above 0 and at most the {scores_te.shape[-1]} scores, got {size}")
+    # NumPy's numbers promote what they meet.
+    size, temperature = float(size), float(temperature)
 
     def shift(cap_te: jax.Array) -> jax.Array:
         total_t1 = jax.nn.logsumexp((scores_te + cap_te) / temperature, axis=-1, keepdims=True)

@@ -14,7 +14,7 @@ from typing import Literal, Protocol, get_args
 import jax
 import jax.numpy as jnp
 
-from moe_jax.checks import one_of
+from moe_jax.checks import floating_array, one_of
 from moe_jax.dtypes import wide_dtype
 from moe_jax.layout import Sent, collect, layout, scaled, sent
 from moe_jax.routing import Routing
@@ -80,11 +80,12 @@ def mixture(
       (T, D) in the dtype of `x_td`, at least float32.
 
     Raises:
-      ValueError: `dispatch` is unknown, or the routing is of other tokens or experts.
+      ValueError: `dispatch` is unknown, `x_td` not floating point, or the routing of other tokens or experts.
     """
     one_of("dispatch", dispatch, DISPATCHES)
-    if len(x_td) != len(routing.keep_ta):
-        raise ValueError(f"x_td must have the {len(routing.keep_ta)} tokens of the routing, got {len(x_td)}")
+    x_td = floating_array("x_td", x_td)
+    if x_td.ndim != 2 or len(x_td) != len(routing.keep_ta):
+        raise ValueError(f"x_td must be (T, D) of the routing's {len(routing.keep_ta)} tokens, got {x_td.shape}")
     dtype = wide_dtype(x_td.dtype)
     routing = dataclasses.replace(routing, gate_ta=routing.gate_ta.astype(dtype))
     if routing.capacity == 0:

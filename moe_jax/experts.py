@@ -227,16 +227,17 @@ class Experts(nnx.Module):
         """Each token's sum over its rows (see `moe_jax.dispatch.ExpertFunctions`)."""
         x_td = floating_array("x", x_td)
         if isinstance(sizes, int):
-            self._check(len(sent.gate_s) // max(sizes, 1), x_td)
+            rows = len(sent.gate_s)
+            # Of no rows it is not known how many experts they are for.
+            self._check(rows // sizes if rows else None, x_td)
             return self._by_group(x_td, None, sent)
         self._check(len(sizes), x_td)
         return self._by_group(x_td, sizes, sent)
 
-    def _check(self, routed: int, x: jax.Array) -> None:
+    def _check(self, routed: int | None, x: jax.Array) -> None:
         """Raises ValueError when rows are for other experts or of another width."""
         experts, dim, _ = self.w_in_edf.shape
-        # Of no rows it is not known how many they are for.
-        if routed not in (0, experts):
+        if routed not in (None, experts):
             raise ValueError(f"experts must be the {routed} of the routing, got {experts}")
         if x.shape[-1] != dim:
             raise ValueError(f"x must be {dim} wide, got {x.shape}")

@@ -219,7 +219,7 @@ class SparseMoEBlock(nnx.Module):
       rngs: for the initial weights of the feed-forwards; not kept. Not needed without feed-forwards.
 
     Raises:
-      ValueError: `rngs` is missing, `moe` no `MoE`, or a flag no bool.
+      ValueError: `rngs` is missing or something else, `moe` no `MoE`, or a flag no bool.
 
     Source: ST-MoE 2202.08906 appendix C (dense feed-forwards before or after a sparse layer).
     """
@@ -236,6 +236,8 @@ class SparseMoEBlock(nnx.Module):
         flag("add_ff_before", add_ff_before)
         flag("add_ff_after", add_ff_after)
         config = moe.config
+        if rngs is not None:
+            instance("rngs", rngs, nnx.Rngs)
         if rngs is None and (add_ff_before or add_ff_after):
             raise ValueError("rngs must be nnx.Rngs when a feed-forward is added, got None")
 
@@ -312,8 +314,7 @@ def check_call(config: MoEConfig, x: jax.Array, mask: jax.Array | None, *, train
     got = f"{x.shape} {x.dtype}"
     if x.ndim not in (2, 3) or x.shape[-1] != config.dim or 0 in x.shape:
         raise ValueError(f"x must be (B, N, {config.dim}) or (T, {config.dim}) and not empty, got {got}")
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"x must be floating point, got {got}")
+    floating("x", x.dtype)
     if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != jnp.bool_):
         raise ValueError(f"mask must be {x.shape[:-1]} bool, got {mask.shape} {mask.dtype}")
 

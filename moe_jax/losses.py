@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from moe_jax.checks import array, floating_array
 from moe_jax.dtypes import at_least_float32
 from moe_jax.routing import Choice, Routing
 
@@ -48,7 +49,8 @@ class Metrics:
     """What a router did. No gradient.
 
     Attributes:
-      load_e: (E,) share of the assignments asked for, before capacity; sums to 1. Always uniform of `ExpertChoice`.
+      load_e: (E,) share of the assignments asked for, before capacity; sums to 1, or to 0 where nothing is asked for.
+        Always uniform of `ExpertChoice`.
       wanted_a: (A,) share of tokens that asked for their candidate of each rank.
       dropped_a: (A,) share of the assignments asked for that capacity refused, per rank.
       router_entropy: (), mean entropy of the router probabilities, in nats; ln E when undecided.
@@ -74,8 +76,16 @@ def router_totals(logits_te: jax.Array, choice: Choice, routing: Routing, mask_t
       choice: from the router.
       routing: from `assign_slots`.
       mask_t: (T,) bool, false for padding.
+
+    Raises:
+      ValueError: the logits or the mask are not those of the choice's tokens and experts.
     """
-    logits_te = at_least_float32(logits_te)
+    logits_te = at_least_float32(floating_array("logits_te", logits_te))
+    array("mask_t", mask_t)
+    if logits_te.shape != (of_choice := choice.probs_te.shape):
+        raise ValueError(f"logits_te must be {of_choice}, as the choice's probabilities are, got {logits_te.shape}")
+    if mask_t.shape != of_choice[:1] or mask_t.dtype != jnp.bool_:
+        raise ValueError(f"mask_t must be {of_choice[:1]} bool, got {mask_t.shape} {mask_t.dtype}")
     dtype = logits_te.dtype
     mask_t1 = mask_t[:, None]
     num_experts = logits_te.shape[1]
@@ -107,8 +117,8 @@ def router_totals(logits_te: jax.Array, choice: Choice, routing: Routing, mask_t
 def balance_loss(totals: RouterTotals) -> jax.Array:
     """E times the inner product of favourites and probabilities, each as a share of tokens.
 
-    1 when both are uniform, E when every token goes to one expert, 0 without tokens. Favourites are counted before
-    capacity: counted after it, an overloaded expert would look no fuller than its capacity.
+    1 when both are uniform, E when every token goes to one expert with probability 1, 0 without tokens. Favourites are
+    counted before capacity: counted after it, an overloaded expert would look no fuller than its capacity.
 
     Source: Switch 2101.03961 equations 4 to 6; GShard 2006.16668 section 2.2.
     """

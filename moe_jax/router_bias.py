@@ -54,4 +54,4 @@ def updated_router_bias(bias_e: jax.Array, load_e: jax.Array, rate: float | jax.
     missing_e = mean - load_e
     # Rounded, the mean of ten shares of a tenth is not a tenth.
     direction_e = jnp.where(jnp.abs(missing_e) > ROUNDING * mean, jnp.sign(missing_e), 0)
-    return bias_e + (rate * direction_e).astype(bias_e.dtype)
+    return bias_e + (jnp.asarray(rate, direction_e.dtype) * direction_e).astype(bias_e.dtype)

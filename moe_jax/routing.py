@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from moe_jax.checks import flag, one_of, whole
+from moe_jax.checks import flag, one_of, whole, without_numpy
 from moe_jax.dtypes import at_least_float32
 
 Policy = Literal["all", "none", "threshold", "random"]
@@ -181,6 +181,7 @@ class TopN(Router):
     expert_groups_kept: int = 1
 
     def __post_init__(self) -> None:
+        without_numpy(self)
         for name in ("n", "expert_groups", "expert_groups_kept"):
             whole(name, getattr(self, name), 1)
         flag("bias", self.bias)

@@ -7,7 +7,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.checks import device_mesh
+from moe_jax.checks import device_mesh, two_axes, whole
 
 # Parameters of `Experts`, known by their names: these are the same in a module, its gradients, the state of an
 # optimiser and a checkpoint. The number is that of their own axes, experts first; axes before those are layers.
@@ -40,9 +40,10 @@ def param_shardings(
       The tree with a `NamedSharding` for each array.
 
     Raises:
-      ValueError: `mesh` is no mesh.
+      ValueError: `mesh` is no mesh, or the axes have one name.
     """
     device_mesh("mesh", mesh)
+    two_axes(data_axis, expert_axis)
     sizes = dict(mesh.shape)
 
     def sharding(path: tuple[Any, ...], leaf: jax.Array) -> NamedSharding:
@@ -71,9 +72,11 @@ def token_sharding(mesh: Mesh, batch: int, *, data_axis: str = "data", expert_ax
       expert_axis: its name.
 
     Raises:
-      ValueError: `mesh` is no mesh.
+      ValueError: `mesh` is no mesh, `batch` no integer above 0, or the axes have one name.
     """
     device_mesh("mesh", mesh)
+    whole("batch", batch, 1)
+    two_axes(data_axis, expert_axis)
     sizes = dict(mesh.shape)
     axes = tuple(axis for axis in (data_axis, expert_axis) if axis in sizes)
     for split in (axes, axes[:1]):

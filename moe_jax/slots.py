@@ -56,14 +56,15 @@ def token_groups(mask_t: jax.Array, sequence_length: int, group_size: int | str)
         raise ValueError(f"mask_t must be (T,) bool, got {mask_t.shape} {mask_t.dtype}")
     tokens = mask_t.shape[0]
     check_group_size(group_size)
-    if group_size == "sequence" and (sequence_length < 1 or tokens % sequence_length):
+    whole("sequence_length", sequence_length, 1)
+    if group_size == "sequence" and tokens % sequence_length:
         raise ValueError(f"sequence_length must divide the {tokens} tokens, got {sequence_length}")
     used_t = mask_t.astype(jnp.int32)
     if group_size == "batch":
         group_t, groups, size = jnp.zeros(tokens, jnp.int32), 1, tokens
     elif group_size == "sequence":
         group_t = jnp.arange(tokens, dtype=jnp.int32) // sequence_length
-        groups, size = tokens // sequence_length, sequence_length
+        groups, size = tokens // sequence_length, int(sequence_length)
     else:
         size = max(min(int(group_size), tokens), 1)
         groups = -(-tokens // size)
@@ -96,15 +97,16 @@ def capacity(tokens: int, num_experts: int, factor: float | None, min_capacity: 
     whole("min_capacity", min_capacity, 0)
     if factor is not None:
         positive("factor", factor, otherwise=", or None")
-    return int(_capacity_table(np.asarray(tokens), num_experts, factor, min_capacity))
+    return int(_capacity_table(np.asarray(int(tokens)), num_experts, factor, min_capacity))
 
 
 def _capacity_table(tokens: np.ndarray, num_experts: int, factor: float | None, min_capacity: int) -> np.ndarray:
+    """For each of these int64 numbers of tokens."""
     if factor is None:
-        return tokens.astype(np.int32)
+        return tokens
     # 100 * 1.15 / 5 is 23, and a little less in floating point.
-    slots = np.floor(tokens * factor / num_experts * (1 + 1e-12))
-    return np.minimum(np.maximum(slots, min_capacity), tokens).astype(np.int32)
+    slots = np.floor(tokens * float(factor) / int(num_experts) * (1 + 1e-12))
+    return np.minimum(np.maximum(slots, min_capacity), tokens).astype(np.int64)
 
 
 def assign_slots(
@@ -140,6 +142,7 @@ def assign_slots(
     Source: "choice": GShard 2006.16668 algorithm 1; "priority": Riquelme et al. 2106.05974 section 4.
     """
     one_of("slot_order", slot_order, SLOT_ORDERS)
+    whole("num_experts", num_experts, 1)
     if num_experts != choice.probs_te.shape[1]:
         raise ValueError(f"num_experts must be the choice's {choice.probs_te.shape[1]}, got {num_experts}")
     tokens = len(choice.expert_index_ta)
@@ -154,7 +157,7 @@ def assign_slots(
     # The number of real tokens decides, not the padded length: a padded batch drops what the compacted one drops.
     limit_by_count = _capacity_table(np.arange(groups.size + 1), num_experts, capacity_factor, min_capacity)
     slots = int(limit_by_count[-1])
-    limit_g = jnp.asarray(limit_by_count)[groups.count_g]
+    limit_g = jnp.asarray(limit_by_count, jnp.int32)[groups.count_g]
 
     queue_ta = choice.expert_index_ta * groups.num_groups + groups.group_t[:, None]
     place_ta, length_q = _places(choice, queue_ta, num_experts * groups.num_groups, slot_order)

@@ -21,6 +21,7 @@ from moe_jax import (
     RMSNorm,
     Router,
     RouterInputs,
+    RouterTotals,
     Routing,
     SparseMoEBlock,
     TopN,
@@ -30,12 +31,14 @@ from moe_jax import (
     moe_from_torch,
     param_shardings,
     relaxed_top_k,
+    router_totals,
     token_groups,
     token_sharding,
     upcycle,
     updated_router_bias,
 )
 from moe_jax.experts import initial_weights
+from tests.moe.meshes import mesh_of
 from tests.moe.support import config, hidden_states, layer
 
 
@@ -45,6 +48,11 @@ def anything(value: Any) -> Any:
 
 
 X = (2, 6, 8)
+
+
+def totals_of(logits: tuple[int, int], mask: jax.Array) -> RouterTotals:
+    """Of five tokens' choice among four experts, with logits and a mask that may be of others."""
+    return router_totals(jnp.zeros(logits), chosen_at_random((5, 2)), slots_of_five_tokens(), mask)
 
 
 def chosen_at_random(shape: tuple[int, int]) -> Choice:
@@ -114,7 +122,7 @@ def slots_of_five_tokens(*, grouped: int = 5, **changes: Any) -> Routing:
         (lambda: config(hidden=0), "hidden must be at least 1, got 0"),
         (
             lambda: MoEConfig(dim=8, hidden_mult=0.1),
-            "hidden_mult must give hidden states at least 1 wide, got 0.1",
+            r"hidden_mult must give hidden states in \[1, 2\^31\) wide, got 0.1",
         ),
         (lambda: config(min_capacity=-1), "min_capacity must be at least 0, got -1"),
         (lambda: config(group_size=0), "group_size must be at least 1, got 0"),
@@ -137,7 +145,7 @@ def slots_of_five_tokens(*, grouped: int = 5, **changes: Any) -> Routing:
         (lambda: layer()(hidden_states(8), train=True), r"x must be .* got \(8,\) float32"),
         (lambda: layer()(hidden_states(1, 2, 6, 8), train=True), r"x must be .* got \(1, 2, 6, 8\) float32"),
         (lambda: layer()(jnp.zeros((0, 8)), train=True), r"x must be .* not empty, got \(0, 8\) float32"),
-        (lambda: layer()(jnp.zeros((2, 8), int), train=True), "x must be floating point, got .* int32"),
+        (lambda: layer()(jnp.zeros((2, 8), int), train=True), "x must be floating point, got int32"),
         (
             lambda: layer()(hidden_states(*X), train=True, mask=jnp.ones((2, 5), bool)),
             r"mask must be \(2, 6\) bool, got \(2, 5\) bool",
@@ -199,6 +207,10 @@ def slots_of_five_tokens(*, grouped: int = 5, **changes: Any) -> Routing:
         (lambda: upcycle(anything(None), 4, rngs=nnx.Rngs(0)), "feed_forward must be a FeedForward, got None"),
         (lambda: token_groups(jnp.ones(6, bool), 6, "row"), "group_size must be one of batch, sequence, got 'row'"),
         (lambda: token_groups(jnp.ones(6, bool), 6, 0), "group_size must be at least 1, got 0"),
+        (
+            lambda: token_groups(jnp.ones(6, bool), anything(2.0), "sequence"),
+            "sequence_length must be an integer, got 2",
+        ),
         (lambda: token_groups(jnp.ones(12, bool), 5, "sequence"), "sequence_length must divide the 12 tokens, got 5"),
         (lambda: token_groups(jnp.ones((2, 6), bool), 6, 4), r"mask_t must be \(T,\) bool, got \(2, 6\) bool"),
         (lambda: token_groups(jnp.ones(6), 6, "batch"), r"mask_t must be \(T,\) bool, got \(6,\) float32"),
@@ -208,6 +220,10 @@ def slots_of_five_tokens(*, grouped: int = 5, **changes: Any) -> Routing:
             lambda: relaxed_top_k(jnp.zeros((2, 4), jnp.int32), 2, iterations=3, temperature=0.1),
             "scores_te must be floating point, got int32",
         ),
+        (
+            lambda: relaxed_top_k(hidden_states(2, 4), anything("2"), iterations=3, temperature=0.1),
+            "size must be finite and positive, got '2'",
+        ),
         (lambda: relaxed_top_k(hidden_states(2, 4), 6, iterations=3, temperature=0.1), "size must be above 0 and at"),
         (
             lambda: relaxed_top_k(hidden_states(2, 4), 2, iterations=3, temperature=0.0),
@@ -215,9 +231,48 @@ def slots_of_five_tokens(*, grouped: int = 5, **changes: Any) -> Routing:
         ),
         (lambda: chosen_at_random((5, 1)), r"uniform_ta must be \(5, 2\) numbers .* got \(5, 1\)"),
         (lambda: slots_of_five_tokens(num_experts=3), "num_experts must be the choice's 4, got 3"),
+        (lambda: slots_of_five_tokens(num_experts=4.0), "num_experts must be an integer, got 4.0"),
+        (lambda: totals_of((5, 3), jnp.ones(5, bool)), r"logits_te must be \(5, 4\), .* got \(5, 3\)"),
+        (lambda: totals_of((1, 4), jnp.ones(5, bool)), r"logits_te must be \(5, 4\), .* got \(1, 4\)"),
+        (lambda: totals_of((5, 4), jnp.ones(1, bool)), r"mask_t must be \(5,\) bool, got \(1,\) bool"),
+        (lambda: totals_of((5, 4), jnp.ones(5)), r"mask_t must be \(5,\) bool, got \(5,\) float32"),
+        (
+            lambda: mixture(hidden_states(4, 8), slots_of_five_tokens(), layer().experts),
+            r"x_td must be \(T, D\) of the routing's 5 tokens, got \(4, 8\)",
+        ),
+        (
+            lambda: mixture(hidden_states(5, 1, 8), slots_of_five_tokens(), layer().experts),
+            r"x_td must be \(T, D\) of the routing's 5 tokens, got \(5, 1, 8\)",
+        ),
+        (
+            lambda: mixture(jnp.ones((5, 8), int), slots_of_five_tokens(), layer().experts),
+            "x_td must be floating point, got int32",
+        ),
+        (
+            lambda: layer().experts.batched(jnp.ones((0, 2, 8))),
+            "experts must be the 0 of the routing, got 4",
+        ),
+        (
+            lambda: layer().experts.grouped(hidden_states(5, 8), jnp.zeros(0, jnp.int32)),
+            "experts must be the 0 of the routing, got 4",
+        ),
+        (
+            lambda: layer(min_capacity=0, capacity_factor_eval=0.1)(jnp.ones((2, 8), jnp.float8_e4m3fn), train=False),
+            "x must have 16 bits or more, got",
+        ),
+        (lambda: MoEConfig(dim=8, hidden_mult=1e308), "hidden_mult must give hidden states in .* wide, got 1e.308"),
+        (lambda: config(balance_coef=10**400), "balance_coef must be finite and at least 0, got 1000"),
+        (lambda: config(slot_order=jnp.zeros(2)), "slot_order must be one of token, choice, priority, got Array"),
+        (lambda: token_sharding(mesh_of(2, 4), anything("8")), "batch must be an integer, got '8'"),
+        (lambda: token_sharding(mesh_of(2, 4), anything(8.5)), "batch must be an integer, got 8.5"),
+        (
+            lambda: param_shardings(layer(), mesh_of(2, 4), data_axis="expert"),
+            "data_axis and expert_axis must be different names, got 'expert' twice",
+        ),
         (lambda: slots_of_five_tokens(grouped=1), "groups must be of the choice's 5 tokens, got 1"),
         (lambda: slots_of_five_tokens(min_capacity=2.5), "min_capacity must be an integer, got 2.5"),
         (lambda: SparseMoEBlock(layer()), "rngs must be nnx.Rngs when a feed-forward is added, got None"),
+        (lambda: SparseMoEBlock(layer(), add_ff_after=False, rngs=anything(3)), "rngs must be a Rngs, got 3"),
         (lambda: SparseMoEBlock(layer(), add_ff_after=anything("no")), "add_ff_after must be a bool, got 'no'"),
         (lambda: MoE(anything("small"), rngs=nnx.Rngs(0)), "config must be a MoEConfig, got 'small'"),
         (lambda: MoE(config(), rngs=anything(None)), "rngs must be a Rngs, got None"),

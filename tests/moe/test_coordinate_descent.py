@@ -1,5 +1,7 @@
 """Coordinate-descent top-k: what it chooses, and what its gradient is."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,6 +107,16 @@ def test_relaxed_top_k_after_one_update():
     scores_te = jnp.asarray([[0.5, 0.3, 0.15, 0.05]])
     once = relaxed_top_k(scores_te, 2, iterations=1, temperature=0.1)
     np.testing.assert_allclose(once, jnp.exp(jnp.minimum(scores_te / 0.1 + jnp.log(0.5), 0)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_relaxed_top_k_of_numbers_of_numpy(dtype: jnp.dtype):
+    scores_te = jnp.asarray(PROBS, dtype)
+    sizes: Any = np.int64(2), np.float32(2)
+    for size in sizes:
+        got = relaxed_top_k(scores_te, size, iterations=3, temperature=np.float64(0.1))
+        np.testing.assert_array_equal(got, relaxed_top_k(scores_te, 2, iterations=3, temperature=0.1))
+        assert got.dtype == dtype
 
 
 def test_coordinate_descent_of_all_experts():

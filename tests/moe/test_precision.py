@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe_jax import Experts, FeedForward, MoE, RMSNorm, SparseMoEBlock, TopN
+from moe_jax import CoordinateDescent, Experts, FeedForward, MoE, RMSNorm, SparseMoEBlock, TopN
 from moe_jax.layout import scaled
 from tests.moe.support import ROUTERS, apply, config, hidden_states, layer, outputs_and_gradients
 
@@ -171,3 +171,35 @@ def test_noise_does_not_depend_on_the_dtype_of_the_hidden_states():
 def test_scaled_rounds_once():
     x, factor = hidden_states(50, 8).astype(jnp.bfloat16), hidden_states(50)
     np.testing.assert_array_equal(scaled(x, factor), (x.astype(jnp.float32) * factor[:, None]).astype(jnp.bfloat16))
+
+
+def test_numbers_of_numpy_promote_nothing():
+    """Of a configuration, as a sweep gives them: with x64 NumPy's float64 would make float32 wide, or be refused."""
+    kinds: Any = (np.int64, np.float64), (int, float)
+    given, same = (
+        config(
+            num_experts=integer(4),
+            router=CoordinateDescent(n=integer(2), iterations=3, temperature=number(0.1), ratio=number(1.125)),
+            balance_coef=number(0.01),
+            router_z_coef=number(0.001),
+            gumbel_noise=number(0.5),
+        )
+        for integer, number in kinds
+    )
+    assert given == same
+    assert hash(given) == hash(same)
+
+    @jax.jit
+    def loss_and_gradient(moe: MoE, x: jax.Array) -> tuple[jax.Array, MoE]:
+        def loss(moe: MoE) -> jax.Array:
+            out = moe(x, train=True, key=jax.random.key(1))
+            return out.outputs.sum() + out.total_aux_loss
+
+        return jax.value_and_grad(loss)(moe)
+
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        x = hidden_states(3, 8).astype(jnp.float32)
+        results = [loss_and_gradient(MoE(of, rngs=nnx.Rngs(0)), x) for of in (given, same)]
+    for got, expected in zip(*map(jax.tree.leaves, results), strict=True):
+        assert got.dtype == jnp.float32
+        np.testing.assert_array_equal(got, expected)

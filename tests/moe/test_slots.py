@@ -38,6 +38,19 @@ def test_capacity(tokens: int, experts: int, factor: float | None, least: int, s
 
 
 @pytest.mark.parametrize(
+    ("tokens", "experts", "factor", "slots"),
+    [
+        (np.int16(20000), 1, 2.0, 20000),
+        (np.int32(2**30), 4, np.int32(8), 2**30),
+        (2**31, 4, None, 2**31),
+        (2**40, 2, np.float16(1.0), 2**39),
+    ],
+)
+def test_capacity_of_many_tokens(tokens: int, experts: int, factor: float | None, slots: int):
+    assert capacity(tokens, experts, factor, 0) == slots
+
+
+@pytest.mark.parametrize(
     ("order", "keep", "slot_of_kept"),
     [
         # Expert 0's queue in order of tokens: 0 (first choice), 1 (second), 2, 3. Two fit.

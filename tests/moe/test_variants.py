@@ -70,6 +70,12 @@ def test_bias_update_by_hand():
     np.testing.assert_array_equal(updated_router_bias(jnp.zeros(10), jnp.full(10, 0.1)), np.zeros(10))
     with jax.enable_x64(True):
         assert updated_router_bias(jnp.zeros(4, jnp.float32), jnp.full(4, 0.25, jnp.float64)).dtype == jnp.float32
+        # Of any dtype, whatever the loads are of.
+        for rate in (np.float64(0.01), np.array(0.01), jnp.bfloat16(0.01), jnp.float32(0.01)):
+            for dtype in (jnp.float32, jnp.float64):
+                updated = updated_router_bias(jnp.zeros(2, jnp.float32), jnp.asarray([0.4, 0.6], dtype), rate)
+                np.testing.assert_allclose(updated, [0.01, -0.01], rtol=2e-3)
+                assert updated.dtype == jnp.float32
 
 
 def test_shared_experts_see_every_token():
