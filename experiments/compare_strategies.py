@@ -35,7 +35,7 @@ from experiments.measure import PLAIN, Measurement, measure_costs, measure_decod
 from experiments.output import make_folder, write_whole
 from experiments.report import machine, narrow_table
 from experiments.runtime import exit_with, require_one_process, use_compilation_cache
-from experiments.session import Task, finish_each
+from experiments.session import SAME_COMMAND, Task, finish_each
 
 CELLS = "cells"
 DRAFT, EXIT, PROPHET, NGRAM, SKIP = "small draft", "early exit", "prophet", "n-gram", "layer skip"
@@ -206,8 +206,13 @@ def kept_cell(path: pathlib.Path, config: CompareConfig, models: Any, measure: C
     weights = {name: zlib.crc32(np.asarray(leaf).tobytes()) for name, leaf in named_leaves(models).items()}
     how = dataclasses.asdict(config) | {"output": None, "batches": None, "machine": machine(), "weights": weights}
     how = json.loads(json.dumps(how))
-    if path.exists() and (kept := json.loads(path.read_text()))["how"] == how:
-        return [Row.from_json(row) for row in kept["rows"]]
+    try:
+        kept = json.loads(path.read_text())
+        if kept["how"] == how:
+            return [Row.from_json(row) for row in kept["rows"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        # There is none, or it is damaged: measured again, it is whole.
+        pass
     rows = measure()
     path.parent.mkdir(exist_ok=True)
     write_whole(path, json.dumps({"how": how, "rows": [row.as_json() for row in rows]}, indent=2) + "\n")
@@ -311,11 +316,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     make_folder(config.output)
     shared = train_all(config, console)
     runs = {name: load_run(config.output / name.replace(" ", "_")) for name in TRAINED}
-    rows = measure_all(config, shared, runs, console)
-    print_rows(console, rows)
     cell = config.output / CELLS / "n-gram_extremes.json"
     target = runs[DRAFT].target
-    extremes = kept_cell(cell, config, target, partial(ngram_extremes, config, shared, target, console))
+    try:
+        rows = measure_all(config, shared, runs, console)
+        print_rows(console, rows)
+        extremes = kept_cell(cell, config, target, partial(ngram_extremes, config, shared, target, console))
+    except KeyboardInterrupt:
+        console.print(f"[yellow]Stopped; go on with {SAME_COMMAND}: what is measured of a strategy and batch is kept.")
+        raise
     content = {"machine": machine(), "rows": [row.as_json() for row in rows + extremes]}
     (config.output / "strategies.json").write_text(json.dumps(content, indent=2) + "\n")
     save_panels(config.output / "strategies.png", panels(rows))

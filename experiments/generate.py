@@ -65,21 +65,23 @@ class LoadedRun:
           gamma: tokens drafted a round; None is what the search found best, for 'layer-skip', and else `GAMMA`.
 
         Raises:
-          ValueError: another name, or layers were not searched yet, for 'layer-skip'.
+          ValueError: another name, or layers were not searched yet or their file is damaged, for 'layer-skip'.
         """
         _check_drafter(name)
         if name == "ngram":
             return spec_jax.NGram(gamma=GAMMA if gamma is None else gamma)
         if name == "layer-skip":
             path = self.folder / LAYER_SKIP_FILE
-            if not path.exists():
+            try:
+                best = json.loads(path.read_text())["best"]
+                skipped = tuple(best["skip_attention"]), tuple(best["skip_feed_forward"])
+                return spec_jax.LayerSkip(*skipped, gamma=best["gamma"] if gamma is None else gamma)
+            except (OSError, ValueError, KeyError, TypeError):
+                damaged = ", which is damaged" if path.exists() else ""
                 raise ValueError(
-                    f"drafter 'layer-skip' needs {path}: run python -m experiments.search_layer_skip "
+                    f"drafter 'layer-skip' needs {path}{damaged}: run python -m experiments.search_layer_skip "
                     f"--checkpoint {self.folder}"
-                )
-            best = json.loads(path.read_text())["best"]
-            skipped = tuple(best["skip_attention"]), tuple(best["skip_feed_forward"])
-            return spec_jax.LayerSkip(*skipped, gamma=best["gamma"] if gamma is None else gamma)
+                ) from None
         return self.strategy.drafter(self.models, GAMMA if gamma is None else gamma) if name == "trained" else None
 
 

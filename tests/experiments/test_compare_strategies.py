@@ -4,11 +4,14 @@ import dataclasses
 import io
 import pathlib
 import re
+import types
 from typing import Any
 
 import numpy as np
+import pytest
 from rich.console import Console
 
+from experiments import compare_strategies
 from experiments.compare_strategies import PROSE, CompareConfig, Row, kept_cell, panels, print_rows, prompts_of
 from tests.experiments.test_report import measurement
 
@@ -51,6 +54,25 @@ def test_a_cell_is_measured_again_only_where_another_would_be(tmp_path: pathlib.
     cell(config)
     assert cell(config, {"a": np.ones(2), "b": np.array([1.0, 2.0])}) == ROWS
     assert measured[3:] == [config, config]
+    # One that is damaged is none.
+    for content in ("", "[]", "{}"):
+        (tmp_path / "cells" / "n-gram_1.json").write_text(content)
+        assert [cell(config), cell(config)] == [ROWS, ROWS]
+    assert measured[5:] == [config] * 3
+
+
+def test_an_interrupt_while_measuring_says_what_is_kept(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def interrupted(*_: Any) -> list[Row]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare_strategies, "train_all", lambda *_: None)
+    monkeypatch.setattr(compare_strategies, "load_run", lambda _: types.SimpleNamespace(target=None))
+    monkeypatch.setattr(compare_strategies, "measure_all", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compare_strategies.main(["--output", str(tmp_path)])
+    assert "Stopped; go on with the same command" in capsys.readouterr().out
 
 
 def table(rows: list[Row]) -> str:

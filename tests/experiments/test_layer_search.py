@@ -113,3 +113,9 @@ def test_layer_search_is_found_by_generate(tmp_path, capsys, monkeypatch: pytest
     assert list(drafter.skip_feed_forward) == best["skip_feed_forward"]
     console = Console(file=io.StringIO(), width=200)
     generate(GenerateConfig(checkpoint=config.output, prompt="a", drafter="layer-skip", max_new_tokens=4), console)
+    for content in ("", "[]", "{}"):
+        (config.output / "layer_skip.json").write_text(content)
+        with pytest.raises(
+            ValueError, match=r"needs .*layer_skip.json, which is damaged: run python -m experiments.se"
+        ):
+            load_run(config.output).drafter("layer-skip")
