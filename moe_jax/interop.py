@@ -50,11 +50,13 @@ def config_from_torch(
 ) -> MoEConfig:
     """The configuration that an st-moe-pytorch `MoE` with these arguments corresponds to.
 
-    Args are the original's, with its defaults, and three of ours: `slot_order` (the original's is "choice"), `dispatch`
-    and `recompute`. Unlike the original, evaluation is deterministic, and `differentiable_topk` keeps the router's
-    gates. The balance loss is another one wherever a batch drops, for it counts assignments before capacity, not what
-    is left of them, and wherever a batch has several sequences, for it multiplies shares of the whole batch, where the
-    original has the mean over sequences. Both raw losses are returned in evaluation too, where the original has zeros.
+    Args are those of the original's that change what it computes, with its defaults, and three of ours: `slot_order`
+    (the original's is "choice"), `dispatch` and `recompute`. `gating_top_n` may be 1 (see `TopN`). Unlike the original,
+    evaluation is deterministic, and `differentiable_topk` keeps the router's gates. The balance loss is another one
+    wherever a batch drops, for it counts assignments before capacity, not what is left of them, and wherever a batch
+    has several sequences, for it multiplies shares of the whole batch, where the original has the mean over sequences.
+    A capacity that is whole but for rounding, as 100 * 1.15 / 5, is whole here and one less there. Both raw losses are
+    returned in evaluation too, where the original has zeros.
 
     Raises:
       ValueError: an argument is out of range.
@@ -86,7 +88,7 @@ def moe_from_torch(state_dict: StateDict, **args: Any) -> MoE:
 
     Args:
       state_dict: its state dict, of arrays or of CPU tensors that NumPy has the dtype of (of bfloat16: `.float()`
-        first). Thresholds in it are not read: they are configuration.
+        first); weights become float32. Thresholds in it are not read: they are configuration.
       **args: of `config_from_torch`: the original's constructor arguments.
 
     Raises:
@@ -138,7 +140,7 @@ def _as_numpy(name: str, value: Any) -> np.ndarray:
     """A weight as an array; of tensors PyTorch refuses some, and does not say which."""
     try:
         return np.asarray(value)
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name} must be a CPU tensor or array of a dtype of NumPy's: {error}") from error
 
 

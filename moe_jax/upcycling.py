@@ -26,13 +26,16 @@ def upcycle(feed_forward: FeedForward, num_experts: int, *, rngs: nnx.Rngs, **op
       **options: of `MoEConfig`, besides what the dense layer determines.
 
     Raises:
-      ValueError: the router's gates do not sum to 1, an option is for the dense layer to determine, or another argument
-        is out of range.
+      ValueError: `feed_forward` is not one layer, the router's gates do not sum to 1, an option is for the dense layer
+        to determine, or another argument is out of range.
 
     Source: Komatsuzaki et al. 2212.05055 (sparse upcycling).
     """
     instance("feed_forward", feed_forward, FeedForward)
     whole("num_experts", num_experts, 1)
+    if feed_forward.w_in_df.ndim != 2:
+        shape = feed_forward.w_in_df.shape
+        raise ValueError(f"feed_forward must be one layer, use jax.vmap for stacked ones, got w_in_df {shape}")
     defaults = {"router": TopN(n=min(2, num_experts), policy_train="all", policy_eval="all"), "dispatch": "ragged"}
     dim, hidden_twice = feed_forward.w_in_df.shape
     inherited = {

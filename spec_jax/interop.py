@@ -196,7 +196,7 @@ def _as_numpy(name: str, value: Any) -> np.ndarray:
     """A weight as an array; of tensors PyTorch refuses some, and does not say which."""
     try:
         return np.asarray(value)
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"state_dict[{name!r}] must be a CPU tensor or array of a dtype of NumPy's: {error}"
         ) from error

@@ -204,6 +204,12 @@ def slots_of_five_tokens(*, grouped: int = 5, **changes: Any) -> Routing:
             "mask must be an array, got a list",
         ),
         (lambda: SparseMoEBlock(anything(config())), "moe must be a MoE, got MoEConfig"),
+        (
+            lambda: upcycle(
+                jax.tree.map(lambda w: jnp.stack([w, w]), FeedForward(8, 10, rngs=nnx.Rngs(0))), 4, rngs=nnx.Rngs(0)
+            ),
+            r"feed_forward must be one layer, use jax.vmap for stacked ones, got w_in_df \(2, 8, 20\)",
+        ),
         (lambda: upcycle(anything(None), 4, rngs=nnx.Rngs(0)), "feed_forward must be a FeedForward, got None"),
         (lambda: token_groups(jnp.ones(6, bool), 6, "row"), "group_size must be one of batch, sequence, got 'row'"),
         (lambda: token_groups(jnp.ones(6, bool), 6, 0), "group_size must be at least 1, got 0"),

@@ -242,6 +242,8 @@ def test_a_state_dict_that_does_not_fit_is_refused():
             moe_from_torch(weights | {"gate.to_gates.weight": other}, **description["args"])
     with pytest.raises(ValueError, match=r"gate\.to_gates\.weight must be a CPU tensor .* ScalarType BFloat16"):
         moe_from_torch(weights | {"gate.to_gates.weight": TensorOfBfloat16()}, **description["args"])
+    with pytest.raises(ValueError, match=r"gate\.to_gates\.weight must be a CPU tensor .* inhomogeneous"):
+        moe_from_torch(weights | {"gate.to_gates.weight": [[1.0], [2.0, 3.0]]}, **description["args"])
     with pytest.raises(ValueError, match=r"must have 'gate\.to_gates\.weight'"):
         moe_from_torch({k: v for k, v in weights.items() if "to_gates" not in k}, **description["args"])
     for name, wanted in (("gate.to_gates.weight", (4, 32)), ("experts.experts.1.net.0.bias", (170,))):

@@ -107,6 +107,11 @@ def without(name: str) -> dict[str, np.ndarray]:
             {},
             r"state_dict\['layers.1.0.to_out.weight'\] must be a CPU tensor .* Got unsupported ScalarType BFloat16",
         ),
+        (
+            STATE | {"layers.1.0.to_out.weight": [[1.0], [2.0, 3.0]]},
+            {},
+            r"state_dict\['layers.1.0.to_out.weight'\] must be a CPU tensor .* inhomogeneous",
+        ),
         (STATE, {"depth": 2}, r"missing \[\], left over \['layers.2.0.norm.weight'"),
         (STATE, {"depth": 4}, r"missing \['layers.3.0.norm.weight'"),
         (STATE, {"num_tokens": 51}, r"state_dict\['token_emb.weight'\] must have shape \(51, 64\), got \(50, 64\)"),
