@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 
 from spec_jax.config import DecoderConfig
 from spec_jax.decoder import Decoder
+from spec_jax.layers import FeedForward
 from spec_jax.prophet import ModelWithProphet
 
 # The original's constructor arguments, and what they are called here.
@@ -106,6 +107,8 @@ def pair_torch_names(pair: ModelWithProphet) -> dict[str, str]:
 def decoder_to_torch(decoder: Decoder) -> dict[str, np.ndarray]:
     """The weights of a decoder under the original's names and in its layout: the inverse of `decoder_from_torch`.
 
+    They are float32, whatever dtype the decoder computes in.
+
     Raises:
       ValueError: a decoder that the original cannot be: with fewer key-value heads than heads, recycling, other rotary
         frequencies or another norm than there, or feed-forward layers of the caller's.
@@ -117,7 +120,11 @@ def decoder_to_torch(decoder: Decoder) -> dict[str, np.ndarray]:
         if getattr(config, name) != theirs:
             raise ValueError(f"decoder must have {name} {theirs}, got {getattr(config, name)}")
     standard = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    if other := sorted(name for name, _ in _shapes(decoder) ^ _shapes(standard)):
+    other = sorted(name for name, _ in _shapes(decoder) ^ _shapes(standard))
+    # Of the same weights another class may make something else.
+    blocks = [*decoder.blocks, *([] if decoder.early_exit is None else decoder.early_exit.blocks)]
+    classes = {type(block.feed_forward) for block in blocks} - {FeedForward}
+    if other := other or sorted(one.__name__ for one in classes):
         raise ValueError(f"decoder must have the feed-forward layers of its config, got others: {', '.join(other)}")
     names, weights = torch_names(config), {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(decoder):

@@ -23,7 +23,7 @@ Step = Callable[[jax.Array, State, jax.Array], tuple[jax.Array, State]]
 
 
 class Cache(Protocol):
-    """What the loop needs of a cache; `spec_jax.cache.KVCache` is one."""
+    """What the loop needs of a cache, which is a pytree; `spec_jax.cache.KVCache` is one."""
 
     length_b: jax.Array
 
@@ -56,11 +56,11 @@ class Output(Protocol):
 
 
 class LanguageModel(Protocol):
-    """What the loop needs of a model; `spec_jax.decoder.Decoder` is one."""
+    """What the loop needs of a model, which is a pytree of its weights; `spec_jax.decoder.Decoder` is one."""
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens."""
+        """Number of tokens; no weight."""
         ...
 
     def init_cache(self, batch: int, size: int) -> Cache:
@@ -74,8 +74,14 @@ class LanguageModel(Protocol):
 
 def check_model(name: str, model: Any) -> None:
     """Raises ValueError when `model` is none."""
-    if not callable(model) or not is_integer(getattr(model, "vocab_size", None)):
+    called = callable(model) and callable(getattr(model, "init_cache", None))
+    if not called or not is_integer(getattr(model, "vocab_size", None)):
         raise ValueError(f"{name} must be a model, such as a spec_jax.Decoder, got {type(model).__name__}")
+    if jax.tree_util.all_leaves([model]):
+        raise ValueError(
+            f"{name} must be a pytree of its weights, such as a flax.nnx.Module or a flax.struct.dataclass, got "
+            f"{type(model).__name__}"
+        )
 
 
 @struct.dataclass

@@ -84,7 +84,7 @@ class NGram(Drafter):
             output = target(window_bt[:, :1], before.cache)
             return Scored(jnp.pad(output.logits, ((0, 0), (0, window_bt.shape[1] - 1), (0, 0))), output.cache)
 
-        logits = jax.eval_shape(target, window_bt, proposal.target_cache).logits
+        logits = jax.eval_shape(lambda *read: target(*read).logits, window_bt, proposal.target_cache)
         scored = Scored(jnp.zeros(logits.shape, logits.dtype), proposal.target_cache)
         any_drafted = (proposal.draft.count_b > 0).any()
         return _run_if(~any_drafted, one_step, _run_if(any_drafted, whole, scored))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from spec_jax import LayerSkip, NGram, Sampling, SmallModel, base_decoding, speculative_decoding, stream
 from spec_jax import decoding as decoding_module
@@ -181,6 +182,23 @@ def test_speculative_decoding(decode, changed: dict[str, Any], message: str):
 def test_what_is_no_model_and_no_layers():
     with pytest.raises(ValueError, match=re.escape("target must be a model, such as a spec_jax.Decoder, got None")):
         base_decoding(None, **good())  # pyright: ignore[reportArgumentType]
+
+    class Wrapper:
+        """Not registered as a pytree."""
+
+        vocab_size = TARGET.vocab_size
+        init_cache = staticmethod(TARGET.init_cache)
+
+        def __call__(self, tokens_bt: Any, cache: Any = None) -> Any:
+            return TARGET(tokens_bt, cache)
+
+    message = "must be a pytree of its weights, such as a flax.nnx.Module or a flax.struct.dataclass, got Wrapper"
+    with pytest.raises(ValueError, match=f"target {message}"):
+        base_decoding(Wrapper(), **good())
+    with pytest.raises(ValueError, match=f"draft {message}"):
+        speculative_decoding(TARGET, SmallModel(Wrapper()), **good())
+    with pytest.raises(ValueError, match=re.escape("target must be a model, such as a spec_jax.Decoder, got Linear")):
+        base_decoding(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), **good())  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="skip_attention must be a tuple of layers, got 1"):
         LayerSkip(1, (2,))  # pyright: ignore[reportArgumentType]
 

@@ -15,6 +15,7 @@ from flax import nnx
 
 from spec_jax import Decoder, DecoderConfig, Sampling, base_decoding
 from spec_jax.interop import decoder_from_torch, decoder_to_torch, torch_names
+from spec_jax.layers import FeedForward
 from spec_jax.losses import next_token_loss
 from spec_jax.sampling import filtered_log_probs, keep_top_k
 from tests.spec.transformers import CONFIG, transformer
@@ -165,6 +166,26 @@ def test_feed_forward_layers_of_the_callers_are_not_written():
 
     decoder = Decoder(CONFIG, rngs=nnx.Rngs(0), feed_forward=feed_forward)
     with pytest.raises(ValueError, match=r"feed-forward layers of its config, got others: \.blocks\[0\]\.feed_forward"):
+        decoder_to_torch(decoder)
+
+
+class Narrowed(FeedForward):
+    """Weights of the same names and shapes, and another function."""
+
+    def __call__(self, hidden_btd: jax.Array) -> jax.Array:
+        return self.down(jax.nn.relu(self.up(self.norm(hidden_btd))))
+
+
+@pytest.mark.parametrize("exit_layers", [0, 1])
+def test_feed_forward_layers_of_the_same_weights_are_not_written_either(exit_layers: int):
+    """Where the exit has one of its own, the trunk's are the original's."""
+    config = dataclasses.replace(CONFIG, early_exit_layer=1, early_exit_extra_blocks=exit_layers)
+
+    def feed_forward(layer: int, rngs: nnx.Rngs) -> nnx.Module:
+        return (FeedForward if exit_layers and layer < CONFIG.depth else Narrowed)(config, rngs=rngs)
+
+    decoder = Decoder(config, rngs=nnx.Rngs(0), feed_forward=feed_forward)
+    with pytest.raises(ValueError, match="feed-forward layers of its config, got others: Narrowed"):
         decoder_to_torch(decoder)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import types
 from typing import Any
 
 import hypothesis
@@ -163,6 +164,23 @@ def test_what_the_target_shows_of_itself_may_be_anything():
     outputs = [
         speculative_decoding(model, NGram(), [[0, 1, 0, 1]], max_new_tokens=20, key=jax.random.key(0)).tokens.tolist()
         for model in (target, Summing(target.table))
+    ]
+    assert outputs[0] == outputs[1]
+
+
+def test_an_output_of_any_class():
+    """What it is made of is taken out of it in the program."""
+
+    @struct.dataclass
+    class Plainly(Toy):
+        def __call__(self, tokens_bt: jax.Array, cache: TokenCache | None = None) -> Any:
+            output = super().__call__(tokens_bt, cache)
+            return types.SimpleNamespace(logits=output.logits, hidden=output.hidden, cache=output.cache)
+
+    target = random_toy(0, 4)
+    outputs = [
+        speculative_decoding(model, NGram(), [[0, 1, 0, 1]], max_new_tokens=20, key=jax.random.key(0)).tokens.tolist()
+        for model in (target, Plainly(target.table))
     ]
     assert outputs[0] == outputs[1]
 
