@@ -153,7 +153,7 @@ def test_mixture_by_hand():
 @pytest.mark.parametrize("dispatch", DISPATCHES)
 def test_a_routing_of_other_tokens_or_experts_is_refused(dispatch: Dispatch):
     routing = routing_of(uniform(2), capacity_factor=1.0)
-    with pytest.raises(ValueError, match="x_td must have the 24 tokens of the routing, got 23"):
+    with pytest.raises(ValueError, match=r"x_td must be \(T, D\) of the routing's 24 tokens, got \(23, 6\)"):
         mixture(hidden_states(TOKENS - 1, DIM), routing, experts(), dispatch=dispatch)
     fewer = Experts(EXPERTS // 2, DIM, 5, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="experts must be the 4 of the routing, got 2"):
