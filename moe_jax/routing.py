@@ -29,10 +29,10 @@ class Choice:
     """What the tokens ask for, before capacity.
 
     Attributes:
-      expert_index_ta: (T, A) int32 in [0, E), the candidates of each token, best first where some are better. No expert
-        twice: there are slots for no more assignments than tokens, even without a capacity.
+      expert_index_ta: (T, A) int32 in [0, E), which nothing checks, the candidates of each token, best first where some
+        are better. No expert twice: there are slots for no more assignments than tokens, even without a capacity.
       gate_ta: (T, A) float, the weight of each candidate's output in the sum. Differentiable.
-      wanted_ta: (T, A) bool, whether the candidate is asked for at all. Never true for padding.
+      wanted_ta: (T, A) bool, whether the candidate is asked for at all. A layer takes it as false for padding.
       priority_ta: (T, A) float, who is served first under slot order "priority": larger first.
       first_expert_t: (T,) int32, the favourite expert, which the balance loss counts.
       probs_te: (T, E) float, un-noised router probabilities, each row summing to 1. Differentiable.
@@ -93,7 +93,11 @@ class RouterInputs:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Router(abc.ABC):
-    """What `MoE` needs to know of a router; a new router is a subclass with its own `num_choices` and `choose`."""
+    """What `MoE` needs to know of a router; a new router is a subclass with its own `num_choices` and `choose`.
+
+    It chooses for each token by itself: over a mesh every device chooses for its own tokens. What depends on the others
+    is the layer's, by capacity and `slot_order`.
+    """
 
     @property
     def slot_order(self) -> SlotOrder | None:
@@ -127,19 +131,35 @@ class Router(abc.ABC):
 
 
 def chosen(router: Router, inputs: RouterInputs, *, train: bool) -> Choice:
-    """What a router chooses.
+    """What a router chooses, of which nothing is for padding.
 
     Raises:
-      ValueError: something of another shape than its `num_choices` says.
+      ValueError: it gives no `Choice`, or something of another shape than its `num_choices` says or of another kind.
     """
     choice = router.choose(inputs, train=train)
+    if not isinstance(choice, Choice):
+        raise ValueError(f"router must give a Choice, got a {type(choice).__name__}")
     tokens, num_experts = inputs.logits_te.shape
     by_choice = tokens, router.num_choices(num_experts)
+    of_field = {
+        "expert_index_ta": (by_choice, jnp.integer),
+        "wanted_ta": (by_choice, jnp.bool_),
+        "first_expert_t": ((tokens,), jnp.integer),
+        "probs_te": ((tokens, num_experts), jnp.floating),
+    }
     for field in dataclasses.fields(choice):
-        wanted = {"first_expert_t": (tokens,), "probs_te": (tokens, num_experts)}.get(field.name, by_choice)
-        if (got := getattr(choice, field.name).shape) != wanted:
-            raise ValueError(f"router must give {field.name} {wanted}, as its num_choices says, got {got}")
-    return choice
+        value = getattr(choice, field.name)
+        shape, kind = of_field.get(field.name, (by_choice, jnp.floating))
+        if (got := getattr(value, "shape", type(value).__name__)) != shape:
+            raise ValueError(f"router must give {field.name} {shape}, as its num_choices says, got {got}")
+        if not jnp.issubdtype(value.dtype, kind):
+            raise ValueError(f"router must give {field.name} of a dtype that is {kind.__name__}, got {value.dtype}")
+    return dataclasses.replace(
+        choice,
+        expert_index_ta=choice.expert_index_ta.astype(jnp.int32),
+        wanted_ta=choice.wanted_ta & inputs.mask_t[:, None],
+        first_expert_t=choice.first_expert_t.astype(jnp.int32),
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
