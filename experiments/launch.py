@@ -121,12 +121,15 @@ def launch(config: LaunchConfig, command: Sequence[str]) -> int:
         asked = {128 + number for number, _ in signals}
         unasked = {index: code for index, code in codes.items() if code not in asked}
         for index, code in unasked.items():
+            ended = f"process {index} ended first, exit code {code}"
             if index:
                 lines = logs[index].read_text(errors="replace").splitlines()[-LINES_SHOWN:]
-                print(f"process {index} ended first, exit code {code}:", *lines, sep="\n  ", file=sys.stderr)
-        # What a signal has ended could not say so itself.
+                print(f"{ended}:", *lines, sep="\n  ", file=sys.stderr)
+            elif code > 128:
+                # Its lines were shown, but what a signal has ended could not say so itself.
+                print(ended, file=sys.stderr)
         if any(code > 128 for code in unasked.values()):
-            print("a training run goes on from its last checkpoint with --resume", file=sys.stderr)
+            print("a training run goes on from its last checkpoint, if it has one, with --resume", file=sys.stderr)
         return next(iter(codes.values()))
 
 
@@ -179,6 +182,9 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> list[subprocess.Popen
 def main(arguments: Sequence[str] | None = None) -> int:
     """Reads the command line, starts the processes and waits for them."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    asks_for_help = any(argument in ("-h", "--help") for argument in arguments)
+    if "--" not in arguments and not asks_for_help:
+        raise ValueError("command must follow behind --, got none")
     split = arguments.index("--") if "--" in arguments else len(arguments)
     config = given_config("launch", LaunchConfig, arguments[:split], __doc__)
     command = arguments[split + 1 :]

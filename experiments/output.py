@@ -68,8 +68,13 @@ def prepare_output(output: pathlib.Path, *, resume: bool, overwrite: bool) -> No
 
 
 def _check_run(output: pathlib.Path) -> None:
-    with checkpoints.open_run(output, argument="output"):
-        pass
+    try:
+        with checkpoints.open_run(output, argument="output"):
+            pass
+    except ValueError as error:
+        if read_configuration(output) is None or checkpoints.has_checkpoint(output):
+            raise
+        raise ValueError(f"{error}: that run ended before its first, begin anew with --overwrite") from None
     if (folder := checkpoints.run_folder(output)) != output:
         raise ValueError(f"output must be the folder of the run, {folder}, got that of its checkpoints, {output}")
 

@@ -128,14 +128,11 @@ def print_samples(
     sampling: spec_jax.Sampling,
     verification: str,
 ) -> None:
-    """The same prompt continued plainly, then speculatively in colours."""
-    plain_key, speculative_key = jax.random.split(key)
-    options = {"max_new_tokens": max_new_tokens, "sampling": sampling, "at_once": True}
+    """The same prompt continued plainly, then speculatively in colours, by one key: "coupled" gives the same text."""
+    options = {"max_new_tokens": max_new_tokens, "key": key, "sampling": sampling, "at_once": True}
     console.rule(f"{title}: plain decoding")
-    print_stream(console, target, None, prompt, key=plain_key, **options)
+    print_stream(console, target, None, prompt, **options)
     console.rule(f"{title}: speculative decoding")
-    tokens, rounds = print_stream(
-        console, target, drafter, prompt, key=speculative_key, verification=verification, **options
-    )
+    tokens, rounds = print_stream(console, target, drafter, prompt, verification=verification, **options)
     console.print(LEGEND, f"· {tokens / rounds:.2f} tokens a round", soft_wrap=True)
     console.rule()

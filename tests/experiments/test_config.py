@@ -98,6 +98,16 @@ def test_differences_name_what_matters():
     assert differences(before, other) == ["seed: expected 0, got 4", "target.depth: expected 10, got 9"]
 
 
+def test_of_a_text_its_bytes_matter_and_of_an_origin_whether_there_is_one():
+    """Not what the text is called, nor how the path is written, which a resumed run does not read."""
+    before = {"text": "a, SHA-256 0f", "upcycle_from": "runs/dense"}
+    assert differences(before, {"text": "b, SHA-256 0f", "upcycle_from": "/elsewhere/runs/dense"}) == []
+    assert differences(before, before | {"text": "a, SHA-256 1f"}) == [
+        "text: expected 'a, SHA-256 0f', got 'a, SHA-256 1f'"
+    ]
+    assert differences(before, before | {"upcycle_from": None}) == ["upcycle_from: expected 'runs/dense', got None"]
+
+
 def test_steps_matter_to_a_schedule():
     config = TrainDraftConfig(schedule="cosine", steps=10)
     longer = dataclasses.replace(config, steps=20)

@@ -48,6 +48,15 @@ def test_every_process_is_told_of_the_others():
     }
 
 
+def test_a_signal_that_ends_process_0_is_named():
+    """Its own lines are shown already; what it ended with they do not say."""
+    process = launch(*python("pass\nif index == 0: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(3)"))
+    output, error = process.communicate(timeout=300)
+    assert process.returncode == 128 + signal.SIGKILL
+    assert output == ""
+    assert error.startswith("process 0 ended first, exit code 137\na training run goes on from its last checkpoint, ")
+
+
 def test_process_0_is_shown():
     outputs = launch(*python("print('I am', index)")).communicate(timeout=300)
     assert outputs == ("I am 0\n", "")
@@ -60,7 +69,7 @@ def test_process_0_is_shown():
         (
             "os.kill(os.getpid(), signal.SIGKILL)",
             128 + signal.SIGKILL,
-            "a training run goes on from its last checkpoint with --resume\n",
+            "a training run goes on from its last checkpoint, if it has one, with --resume\n",
         ),
     ],
 )
@@ -175,6 +184,7 @@ def test_a_signal_reaches_processes_that_are_just_being_started(monkeypatch, cap
     [
         (["--processes", "0", "--", "true"], "processes must be at least 1, got 0"),
         (["--processes", "2"], "command must follow behind --, got none"),
+        (["python", "-m", "experiments.train_draft"], "command must follow behind --, got none"),
         (["--", "no-such-program"], "command must be a program and its arguments, got no-such-program: No such file"),
     ],
 )

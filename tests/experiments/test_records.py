@@ -19,7 +19,7 @@ from experiments import metrics, train_draft, training
 from experiments.data import load_text, validation_batches
 from experiments.generate import load_run
 from experiments.metrics import Metrics, read_metrics
-from experiments.output import CONFIGURATION, read_configuration, write_configuration
+from experiments.output import CONFIGURATION, prepare_output, read_configuration, write_configuration
 from tests.experiments.runs import tiny_config, train
 
 
@@ -174,6 +174,17 @@ def test_weights_and_biases_gets_every_record(tmp_path, monkeypatch: pytest.Monk
     train(dataclasses.replace(config, overwrite=True))
     assert ended == [0, 1, 0]
     assert begun[0]["id"] == begun[1]["id"] != begun[2]["id"]
+
+
+def test_a_run_without_a_checkpoint_begins_anew(tmp_path):
+    """What to do then is said where resuming is refused."""
+    message = "output must be the output folder of a training run with a checkpoint, got "
+    with pytest.raises(ValueError, match=message) as nothing:
+        prepare_output(tmp_path, resume=True, overwrite=False)
+    assert "overwrite" not in str(nothing.value)
+    write_configuration(tmp_path, {"seed": 3})
+    with pytest.raises(ValueError, match=f"{message}.*: that run ended before its first, begin anew with --overwrite"):
+        prepare_output(tmp_path, resume=True, overwrite=False)
 
 
 def test_a_configuration_that_a_kill_cut_off_is_none(tmp_path):
