@@ -150,11 +150,11 @@ def differences(expected: Mapping[str, Any], got: Mapping[str, Any]) -> list[str
     return [
         f"{name}: expected {before.get(name, 'nothing')!r}, got {after.get(name, 'nothing')!r}{reasons.get(name, '')}"
         for name in sorted(before.keys() | after.keys())
-        if name.split(".")[0] not in free and _essence(name, before.get(name)) != _essence(name, after.get(name))
+        if name.split(".")[0] not in free and _compared(name, before.get(name)) != _compared(name, after.get(name))
     ]
 
 
-def _essence(name: str, value: Any) -> Any:
+def _compared(name: str, value: Any) -> Any:
     """What of a field is compared: of a text, however called, its bytes, and of an origin whether there is one."""
     if name == "text" and isinstance(value, str):
         return value.rpartition(" SHA-256 ")[2]

@@ -182,15 +182,11 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> list[subprocess.Popen
 def main(arguments: Sequence[str] | None = None) -> int:
     """Reads the command line, starts the processes and waits for them."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    asks_for_help = any(argument in ("-h", "--help") for argument in arguments)
-    if "--" not in arguments and not asks_for_help:
-        raise ValueError("command must follow behind --, got none")
     split = arguments.index("--") if "--" in arguments else len(arguments)
-    config = given_config("launch", LaunchConfig, arguments[:split], __doc__)
-    command = arguments[split + 1 :]
-    if not command:
+    options, command = arguments[:split], arguments[split + 1 :]
+    if not command and not {"-h", "--help"} & set(options):
         raise ValueError("command must follow behind --, got none")
-    return launch(config, command)
+    return launch(given_config("launch", LaunchConfig, options, __doc__), command)
 
 
 if __name__ == "__main__":

@@ -35,10 +35,11 @@ class ProphetModel(nnx.Module):
             None if dim == target_dim else nnx.Linear(target_dim, dim, use_bias=False, dtype=dtype, rngs=rngs)
         )
 
-    @property
-    def target_dim(self) -> int:
-        """Width of the hidden states it starts from."""
-        return self.decoder.config.dim if self.project is None else self.project.in_features
+    def check_target(self, target: Decoder) -> None:
+        """Raises ValueError unless the target's hidden states are as wide as it starts from."""
+        expected = self.decoder.config.dim if self.project is None else self.project.in_features
+        if (dim := target.config.dim) != expected:
+            raise ValueError(f"target must have the width {expected} that the prophet starts from, got {dim}")
 
     def embed(self, states_bnd: jax.Array, tokens_bt: jax.Array) -> jax.Array:
         """(B, N + T, D) inputs: the target's hidden states (B, N, target's width), then the tokens' embeddings."""
@@ -101,10 +102,7 @@ class ModelWithProphet(nnx.Module):
         num_leading_start_tokens, vocab_size = prophet.num_leading_start_tokens, prophet.decoder.vocab_size
         if vocab_size != target.vocab_size:
             raise ValueError(f"prophet must have the target's {target.vocab_size} tokens, got {vocab_size}")
-        if prophet.target_dim != target.config.dim:
-            raise ValueError(
-                f"target must have the width {prophet.target_dim} that the prophet starts from, got {target.config.dim}"
-            )
+        prophet.check_target(target)
         if prophet_train_length <= num_leading_start_tokens:
             raise ValueError(
                 f"prophet_train_length must be above num_leading_start_tokens = {num_leading_start_tokens}, "

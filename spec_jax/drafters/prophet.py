@@ -43,9 +43,7 @@ class Prophet(Drafter):
             raise ValueError(f"prophet must be a ModelWithProphet or its prophet, got {type(self.prophet).__name__}")
         if not isinstance(target, Decoder):
             raise ValueError(f"target must be a Decoder for Prophet, got {type(target).__name__}")
-        expected, dim = self.prophet.target_dim, target.config.dim
-        if dim != expected:
-            raise ValueError(f"target must have the width {expected} that the prophet starts from, got {dim}")
+        self.prophet.check_target(target)
 
     def start(self, target: LanguageModel, sequence: Sequence, prefill: Any, size: int) -> jax.Array:
         """(B, N, D), the target's last hidden states before the last known token."""

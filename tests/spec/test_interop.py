@@ -169,7 +169,7 @@ def test_feed_forward_layers_of_the_callers_are_not_written():
         decoder_to_torch(decoder)
 
 
-class Narrowed(FeedForward):
+class ReluFeedForward(FeedForward):
     """Weights of the same names and shapes, and another function."""
 
     def __call__(self, hidden_btd: jax.Array) -> jax.Array:
@@ -182,10 +182,10 @@ def test_feed_forward_layers_of_the_same_weights_are_not_written_either(exit_lay
     config = dataclasses.replace(CONFIG, early_exit_layer=1, early_exit_extra_blocks=exit_layers)
 
     def feed_forward(layer: int, rngs: nnx.Rngs) -> nnx.Module:
-        return (FeedForward if exit_layers and layer < CONFIG.depth else Narrowed)(config, rngs=rngs)
+        return (FeedForward if exit_layers and layer < CONFIG.depth else ReluFeedForward)(config, rngs=rngs)
 
     decoder = Decoder(config, rngs=nnx.Rngs(0), feed_forward=feed_forward)
-    with pytest.raises(ValueError, match="feed-forward layers of its config, got others: Narrowed"):
+    with pytest.raises(ValueError, match="feed-forward layers of its config, got others: ReluFeedForward"):
         decoder_to_torch(decoder)
 
 
