@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from moe_jax.checks import array, flag, floating, floating_array, instance, whole
 from moe_jax.config import MoEConfig
@@ -57,8 +58,7 @@ class MoE(nnx.Module):
       rngs: for the initial weights; not kept.
       mesh: devices to compute on, with axes of the names in the configuration (see `moe_jax.parallel`). Without one,
         the mesh of `jax.set_mesh` is used if it has these axes, and one device otherwise. The mesh changes no result.
-        Its axes must be of type Auto; where arrays are split over others that are Explicit, call the layer in
-        `jax.sharding.auto_axes`.
+        Where axes of the one set are Explicit, outputs are split as the input is, all else is on every device.
 
     Raises:
       ValueError: the mesh has neither of the axes, or an argument is of another kind.
@@ -96,7 +96,9 @@ class MoE(nnx.Module):
           ValueError: a shape or dtype does not fit, `train` is no bool, or the key is missing.
         """
         check_call(self.config, x, mask, train=train)
-        x = jnp.asarray(x)
+        return _left_to_compiler(partial(MoE._routed, train=train), self, jnp.asarray(x), key, mask)
+
+    def _routed(self, x: jax.Array, key: jax.Array | None, mask: jax.Array | None, *, train: bool) -> MoEOutput:
         x_td = x.reshape(-1, x.shape[-1])
         mask_t = None if mask is None else mask.reshape(-1)
         if mask_t is not None:
@@ -258,8 +260,9 @@ class SparseMoEBlock(nnx.Module):
     ) -> MoEOutput:
         """As `MoE.__call__`, with residuals: padding keeps its own."""
         check_call(self.moe.config, x, mask, train=train)
-        x = jnp.asarray(x)
+        return _left_to_compiler(partial(SparseMoEBlock._residual, train=train), self, jnp.asarray(x), key, mask)
 
+    def _residual(self, x: jax.Array, key: jax.Array | None, mask: jax.Array | None, *, train: bool) -> MoEOutput:
         def unpadded(x: jax.Array) -> jax.Array:
             return x if mask is None else jnp.where(mask[..., None], x, 0)
 
@@ -317,6 +320,19 @@ def check_call(config: MoEConfig, x: jax.Array, mask: jax.Array | None, *, train
     floating("x", x.dtype)
     if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != jnp.bool_):
         raise ValueError(f"mask must be {x.shape[:-1]} bool, got {mask.shape} {mask.dtype}")
+
+
+def _left_to_compiler(
+    call: Callable[..., MoEOutput], layer: nnx.Module, x: jax.Array, key: jax.Array | None, mask: jax.Array | None
+) -> MoEOutput:
+    """`call` of the layer, where the mesh in force has Explicit axes, which are Auto within."""
+    axes = jax.sharding.get_abstract_mesh().explicit_axes
+    if not axes:
+        return call(layer, x, key, mask)
+    places: dict[str, Any] = {field.name: P() for field in dataclasses.fields(MoEOutput)}
+    places["outputs"] = jax.typeof(x).sharding.spec
+    within: Any = jax.sharding.auto_axes(call, axes=axes, out_sharding=MoEOutput(**places))
+    return within(layer, x, key, mask)
 
 
 def _feed_forward_options(config: MoEConfig) -> dict[str, Any]:

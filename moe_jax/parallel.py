@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.checks import device_mesh
@@ -71,32 +71,30 @@ def placement(config: MoEConfig, mesh: Mesh | None) -> Placement | None:
     """Where a layer computes: on `mesh`, or on that of `jax.set_mesh`; None for one device.
 
     Raises:
-      ValueError: `mesh` is no mesh, has neither of the axes or is not the one set, or an axis is not of type Auto.
+      ValueError: `mesh` is no mesh, has neither of the axes, is not the one set or has to be, or an axis is not the
+        layer's to use.
     """
     if mesh is not None:
         device_mesh("mesh", mesh)
     names = (config.data_axis, config.expert_axis)
     around = jax.sharding.get_abstract_mesh()
-    found = around if mesh is None else mesh
-    if around.axis_names and around.shape_tuple != found.shape_tuple:
-        sizes = dict(around.shape), dict(found.shape)
+    found = around if around.axis_names or mesh is None else mesh
+    if mesh is not None and mesh.shape_tuple != found.shape_tuple:
+        sizes = dict(found.shape), dict(mesh.shape)
         raise ValueError(f"mesh must be that of jax.set_mesh, {sizes[0]}, or not be given, got {sizes[1]}")
     axes = tuple(name for name in names if name in found.axis_names)
     if not axes:
         if mesh is not None:
             raise ValueError(f"mesh must have an axis {names[0]!r} or {names[1]!r}, got {mesh.axis_names}")
         return None
-    kinds = dict(zip(found.axis_names, found.axis_types))
+    if not around.axis_names and found.explicit_axes:
+        explicit = found.explicit_axes
+        raise ValueError(f"mesh must be that of jax.set_mesh, with its Explicit axes {explicit}, got none set")
     for name in axes:
-        kind = kinds[name]
-        if kind == AxisType.Manual:
+        if name in found.manual_axes:
             raise ValueError(
                 f"mesh axis {name!r} must be left to the layer, got it in a jax.shard_map over it: leave it out of "
                 "that one's axis_names, or call the layer's axes otherwise (data_axis, expert_axis)"
-            )
-        if kind != AxisType.Auto:
-            raise ValueError(
-                f"mesh axis {name!r} must be of type Auto, got {kind.name}: jax.make_mesh(..., axis_types=...)"
             )
     expert_axis = config.expert_axis if config.expert_axis in axes else None
     expert_devices = found.shape[expert_axis] if expert_axis else 1

@@ -13,7 +13,7 @@ from spec_jax.drafters.base import Choose, Drafter, LanguageModel, Sequence
 from spec_jax.noise import Purpose, gumbel, position_gumbel, round_noise
 from spec_jax.result import DecodeResult, DecodeStats
 from spec_jax.sampling import Sampling, draw, filtered_log_probs
-from spec_jax.sharding import over_rows
+from spec_jax.sharding import left_to_compiler, over_rows
 from spec_jax.verification import Draft, Verdict, Verification, block, coupled, leading, rejection
 
 
@@ -100,12 +100,14 @@ class Emission:
     accepted_b: jax.Array
 
 
+@left_to_compiler
 def start(
     target: LanguageModel,
     drafter: Drafter,
     prompt_bp: jax.Array,
     prompt_length_b: jax.Array,
     request: Request,
+    *,
     size: int,
 ) -> DecodeState:
     """Prefill: target and drafter read the right-padded prompts; caches then get `size` slots a row.
@@ -128,6 +130,7 @@ def start(
     return over_rows(state)
 
 
+@left_to_compiler
 def decode_round(
     target: LanguageModel, drafter: Drafter, state: DecodeState, request: Request
 ) -> tuple[DecodeState, Emission]:
@@ -162,6 +165,7 @@ def decode_round(
     return over_rows((state, emission))
 
 
+@left_to_compiler
 def decode(
     target: LanguageModel,
     drafter: Drafter,
@@ -173,7 +177,7 @@ def decode(
     width: int,
 ) -> DecodeResult:
     """Prefill and one `lax.while_loop` for the whole batch; tokens come back `width` wide."""
-    state = start(target, drafter, prompt_bp, prompt_length_b, request, size)
+    state = start(target, drafter, prompt_bp, prompt_length_b, request, size=size)
     state = jax.lax.while_loop(
         lambda state: ~jnp.all(state.done_b),
         lambda state: decode_round(target, drafter, state, request)[0],

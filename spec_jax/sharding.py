@@ -1,24 +1,29 @@
 """Decoding over a device mesh: rows over its axis `data`, heads and hidden units over its axis `model`.
 
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    mesh = jax.make_mesh((4, 2), ("data", "model"))
     target, draft = (jax.device_put(m, decoder_shardings(m, mesh)) for m in (target, draft))
     with jax.set_mesh(mesh):
         result = speculative_decoding(target, SmallModel(draft), prompts, ...)
 
 The loop says where rows lie and the weights say the rest; the compiler puts the communication in between. A mesh may
-have either axis, both, or others besides, which are left alone. Nothing here changes what is computed.
+have either axis, both, or others besides, which are left alone. Axes may be Auto or Explicit: the loop has them Auto
+within and returns tokens and counts on every device. A `Decoder` called by itself follows JAX's rules of Explicit axes.
+Nothing here changes what is computed.
 """
 
 from __future__ import annotations
 
+import functools
 import re
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA, MODEL = "data", "model"
 Tree = TypeVar("Tree")
+Arguments = ParamSpec("Arguments")
 
 # Which axis of a block's weight is cut: what a layer's first product cuts, its second sums over.
 CUT = {
@@ -44,18 +49,12 @@ def decoder_shardings(model: Tree, mesh: Mesh) -> Tree:
       A pytree of `NamedSharding` like `model`, for `jax.device_put`.
 
     Raises:
-      ValueError: no mesh, or an axis `data` or `model` that is not of type Auto: where arrays lie on it is left to the
-        compiler.
+      ValueError: no mesh.
 
     Source: Megatron-LM 1909.08053 section 3 (columns of the first product, rows of the second).
     """
     if not isinstance(mesh, Mesh | AbstractMesh):
         raise ValueError(f"mesh must be a Mesh, got {mesh!r}")
-    for name, kind in zip(mesh.axis_names, mesh.axis_types):
-        if name in (DATA, MODEL) and kind != AxisType.Auto:
-            raise ValueError(
-                f"mesh axis {name!r} must be of type Auto, got {kind.name}: jax.make_mesh(..., axis_types=...)"
-            )
     size = mesh.shape.get(MODEL, 1)
 
     def sharding(path: tuple[Any, ...], weight: Any) -> NamedSharding:
@@ -68,6 +67,34 @@ def decoder_shardings(model: Tree, mesh: Mesh) -> Tree:
         return NamedSharding(mesh, PartitionSpec())
 
     return jax.tree_util.tree_map_with_path(sharding, model)
+
+
+def left_to_compiler(call: Callable[Arguments, Tree]) -> Callable[Arguments, Tree]:
+    """The same function of arrays by place and static options by name, with Explicit axes of the mesh in force Auto.
+
+    Of what it returns, caches lie as within, other arrays of three axes or more over rows, all else everywhere.
+    """
+
+    @functools.wraps(call)
+    def around(*arrays: Arguments.args, **options: Arguments.kwargs) -> Tree:
+        mesh = jax.sharding.get_abstract_mesh()
+        explicit = mesh.explicit_axes
+        if not explicit:
+            return call(*arrays, **options)
+        with jax.sharding.use_abstract_mesh(mesh.update_axis_types(dict.fromkeys(explicit, AxisType.Auto))):
+            result = call(*jax.reshard(arrays, PartitionSpec()), **options)
+
+        def typed(x: jax.Array) -> jax.Array:
+            names = (DATA, MODEL) if x.ndim == 4 else (DATA,) if x.ndim == 3 else ()
+            cut = [
+                name if name in explicit and size % mesh.shape[name] == 0 else None
+                for name, size in zip(names, x.shape)
+            ]
+            return jax.reshard(x, PartitionSpec(*cut))
+
+        return jax.tree.map(typed, result)
+
+    return around
 
 
 def over_rows(tree: Tree) -> Tree:
@@ -102,7 +129,7 @@ def _rows_constrained(x: jax.Array) -> jax.Array:
 def _axis_size(name: str) -> int:
     """Of the mesh in force; 1 where it is not the compiler's to use.
 
-    Inside a `shard_map` over the axis the caller has cut the arrays already; explicit axes carry their own types.
+    Inside a `shard_map` over the axis the caller has cut the arrays already; Explicit axes carry their own types.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if dict(zip(mesh.axis_names, mesh.axis_types)).get(name) != AxisType.Auto:

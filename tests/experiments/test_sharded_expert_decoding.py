@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from experiments.expert_decoder import decoder_places
 from spec_jax import Sampling, SmallModel, base_decoding, speculative_decoding
@@ -21,14 +21,22 @@ PROMPTS, LENGTHS = ragged_prompts(4, 14, 12)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mesh", "sampling"), [("experts", "coupled"), ("heads", "coupled"), ("heads", "greedy")])
-def test_tokens_are_those_of_one_device(mesh: str, sampling: str):
+@pytest.mark.parametrize(
+    ("mesh", "sampling", "kind"),
+    [
+        ("experts", "coupled", AxisType.Auto),
+        ("heads", "coupled", AxisType.Auto),
+        ("heads", "greedy", AxisType.Auto),
+        ("heads", "coupled", AxisType.Explicit),
+    ],
+)
+def test_tokens_are_those_of_one_device(mesh: str, sampling: str, kind: AxisType):
     """14 rows, which neither the batch's axis nor the devices that share tokens divide."""
     target, draft = sparse_decoder(), dense_draft()
     chosen: dict[str, Any] = {"max_new_tokens": 24, "key": jax.random.key(1), "prompt_length": LENGTHS, "eos_id": 5}
     chosen["sampling"] = SAMPLINGS[sampling]
     alone = base_decoding(target, PROMPTS, **chosen)
-    devices = mesh_of(MESHES[mesh])
+    devices = mesh_of(MESHES[mesh], kind)
     spread = [jax.device_put(model, decoder_places(model, devices)) for model in (target, draft)]
     with jax.set_mesh(devices):
         result = speculative_decoding(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,7 +13,8 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from spec_jax import Drafter, Sampling, SmallModel, base_decoding, decoding, speculative_decoding, stream
 from spec_jax.sharding import decoder_shardings, over_rows
@@ -30,9 +32,9 @@ SAMPLINGS = {"coupled": Sampling(), "greedy": Sampling(temperature=0.0)}
 PROMPTS, LENGTHS = ragged_prompts(3, 16, 12)
 
 
-def mesh_of(sizes: Mapping[str, int]) -> Mesh:
+def mesh_of(sizes: Mapping[str, int], kind: AxisType = AxisType.Auto) -> Mesh:
     count = int(np.prod(list(sizes.values())))
-    axis_types = (AxisType.Auto,) * len(sizes)
+    axis_types = (kind,) * len(sizes)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types, devices=jax.devices()[:count])
 
 
@@ -89,10 +91,31 @@ def test_rows_that_the_mesh_does_not_divide(mesh: dict[str, int], rows: int):
     check_equal(SMALL, "coupled", decoded_over(mesh_of(mesh), SMALL, "coupled", rows=rows), rows=rows)
 
 
-def test_streams_over_a_mesh():
+@pytest.mark.parametrize("sizes", MESHES.values(), ids=list(MESHES))
+def test_explicit_axes(sizes: dict[str, int]):
+    """As `jax.make_mesh` makes them where no types are given. What comes back is to be read at any place."""
+    mesh = mesh_of(sizes, AxisType.Explicit)
+    result = decoded_over(mesh, SMALL, "coupled")
+    check_equal(SMALL, "coupled", result)
+    with jax.set_mesh(mesh):
+        assert {jax.typeof(leaf).sharding.spec for leaf in jax.tree.leaves(result)} <= {P(None), P(None, None)}
+        assert result.tokens[1, 2] == np.asarray(result.tokens)[1, 2]
+
+
+def test_axes_of_both_kinds_within_a_program_of_ones_own():
+    """The compiler keeps `data`, types say how `model` is cut."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Explicit))
+    target, drafter = (jax.device_put(model, decoder_shardings(model, mesh)) for model in models(SMALL))
+    with jax.set_mesh(mesh):
+        program = jax.jit(partial(speculative_decoding, prompt=PROMPTS, verification="coupled", **arguments("coupled")))
+        check_equal(SMALL, "coupled", program(target, drafter))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_streams_over_a_mesh(kind: AxisType):
     target, drafter = models(SMALL)
     alone = base_decoding(target, PROMPTS, **arguments("coupled"))
-    mesh = mesh_of(MESHES["both"])
+    mesh = mesh_of(MESHES["both"], kind)
     target, drafter = (jax.device_put(model, decoder_shardings(model, mesh)) for model in (target, drafter))
     rows: list[list[int]] = [[] for _ in PROMPTS]
     with jax.set_mesh(mesh):
@@ -116,8 +139,8 @@ def test_another_target_gives_other_tokens():
     assert found.diverged > len(PROMPTS) / 2
 
 
-def collectives(mesh: Mesh) -> dict[str, int]:
-    """How often each kind of communication stands in the compiled decoding."""
+def compiled(mesh: Mesh) -> str:
+    """The compiled decoding."""
     target, drafter = models(SMALL)
     target, drafter = (jax.device_put(model, decoder_shardings(model, mesh)) for model in (target, drafter))
     chosen = arguments("coupled")
@@ -127,18 +150,29 @@ def collectives(mesh: Mesh) -> dict[str, int]:
         )
         prompts = prepared.prompt_bp, prepared.prompt_length_b
         lowered = decoding.compiled_decode.lower(target, drafter, *prompts, prepared.request, size=128, width=64)
+    return lowered.compile().as_text() or ""
+
+
+def collectives(program: str) -> dict[str, int]:
+    """How often each kind of communication stands in it."""
     kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
-    names = re.findall(rf" ({kinds})(?:-start)?\(", lowered.compile().as_text() or "")
+    names = re.findall(rf" ({kinds})(?:-start)?\(", program)
     return {name: names.count(name) for name in set(names)}
 
 
 def test_rows_stay_where_they_are():
     """Over `data` alone the devices have one thing to agree on: whether all rows are done."""
-    assert collectives(mesh_of({"data": 4})) == {"all-reduce": 1}
+    assert collectives(compiled(mesh_of({"data": 4}))) == {"all-reduce": 1}
 
 
 def test_no_cache_is_gathered():
-    assert "all-gather" not in collectives(mesh_of(MESHES["both"]))
+    """Nor, where axes are Explicit, anything but the few numbers that come back."""
+    found = collectives(compiled(mesh_of(MESHES["both"])))
+    assert "all-gather" not in found
+    explicit = compiled(mesh_of(MESHES["both"], AxisType.Explicit))
+    returned = collectives(explicit)
+    assert returned.pop("all-gather") == len(re.findall(r"s32\[\d+(?:,\d+)?\]\S* all-gather\(", explicit))
+    assert returned == found
 
 
 def place(weight: Any) -> NamedSharding:
@@ -151,23 +185,23 @@ def test_what_is_cut():
     target, _ = models(SMALL)
     shardings = decoder_shardings(target, mesh)
     block = shardings.blocks[0]
-    assert place(block.attention.to_qkv.kernel).spec == PartitionSpec(None, "model")
-    assert place(block.attention.to_out.kernel).spec == PartitionSpec("model")
-    assert place(block.feed_forward.up.bias).spec == PartitionSpec("model")
-    assert place(block.feed_forward.down.bias).spec == PartitionSpec()
-    assert place(shardings.head.to_logits.kernel).spec == PartitionSpec()
+    assert place(block.attention.to_qkv.kernel).spec == P(None, "model")
+    assert place(block.attention.to_out.kernel).spec == P("model")
+    assert place(block.feed_forward.up.bias).spec == P("model")
+    assert place(block.feed_forward.down.bias).spec == P()
+    assert place(shardings.head.to_logits.kernel).spec == P()
     # No axis `model`, and one that divides nothing: all whole.
     for sizes in ({"data": 8}, {"model": 5}):
         found = {sharding.spec for sharding in jax.tree.leaves(decoder_shardings(target, mesh_of(sizes)))}
-        assert found == {PartitionSpec()}
+        assert found == {P()}
 
 
 def test_all_that_is_cut():
     """What the first product of a layer cuts, the second sums over."""
     mesh = mesh_of({"model": 2})
     feed_forward: Any = decoder_shardings(transformer(0), mesh).blocks[0].feed_forward
-    assert place(feed_forward.up.kernel).spec == jax.sharding.PartitionSpec(None, "model")
-    assert place(feed_forward.down.kernel).spec == jax.sharding.PartitionSpec("model")
+    assert place(feed_forward.up.kernel).spec == P(None, "model")
+    assert place(feed_forward.down.kernel).spec == P("model")
 
 
 def test_optimiser_states_and_other_models():
@@ -181,14 +215,7 @@ def test_optimiser_states_and_other_models():
         def __init__(self) -> None:
             self.down = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
 
-    assert place(decoder_shardings(Other(), mesh).down.kernel).spec == PartitionSpec()
-
-
-def test_explicit_axes_are_refused():
-    """`jax.make_mesh` makes them where no types are given, and attention over heads cut so is a type error in JAX."""
-    mesh = jax.make_mesh((2,), ("model",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
-    with pytest.raises(ValueError, match="mesh axis 'model' must be of type Auto, got Explicit"):
-        decoder_shardings(transformer(0), mesh)
+    assert place(decoder_shardings(Other(), mesh).down.kernel).spec == P()
 
 
 def test_no_mesh_is_refused():
@@ -197,7 +224,7 @@ def test_no_mesh_is_refused():
 
 
 def test_rows_under_a_shard_map_are_cut_already():
-    rows, spec = jnp.ones((4, 3)), jax.sharding.PartitionSpec("data")
+    rows, spec = jnp.ones((4, 3)), P("data")
     with jax.set_mesh(mesh_of({"data": 2})):
         mapped = jax.jit(jax.shard_map(over_rows, in_specs=spec, out_specs=spec))(rows)
     np.testing.assert_array_equal(mapped, rows)
