@@ -81,7 +81,7 @@ class Panel:
       title: above it.
       x: what the horizontal axis shows.
       y: what the vertical axis shows.
-      lines: points by name, drawn whole.
+      lines: points by name, drawn whole; one that coincides with one before it has gaps, for both to be seen.
       formula: what a formula gives for the same names, drawn dashed.
       level: a horizontal line to compare with, or None.
       bottom: where the vertical axis starts, or None.
@@ -116,12 +116,16 @@ def save_panels(path: pathlib.Path, grid: Sequence[Sequence[Panel]]) -> None:
             axes.spines[["top", "right"]].set_visible(False)
             if panel.level is not None:
                 axes.axhline(panel.level, color="0.6", linewidth=1)
+            drawn: list[Points] = []
             for name, points in panel.lines.items():
                 colour = colours.setdefault(name, f"C{len(colours)}")
                 marker = "o" if len(points) <= MANY_POINTS else ""
                 (handles[name],) = axes.plot(
                     *_columns(points), color=colour, marker=marker, markersize=3, linewidth=1.5
                 )
+                if points in drawn:
+                    handles[name].set_dashes((4, 4))
+                drawn.append(points)
             for name, points in panel.formula.items():
                 dashed: dict[str, Any] = {"linestyle": "--", "linewidth": 1, "marker": _marker(points)}
                 axes.plot(*_columns(points), color=colours[name], **dashed)

@@ -148,6 +148,7 @@ def run(config: RunConfig, task: Task, console: Console | None = None, *, go_on:
         main_loss=task.main_loss,
         on_sample=on_sample,
         validation_loss_fn=task.validation_loss_fn,
+        validate_first=task.origin is not None,
     )
     console.print(f"[bold]{task.kind}[/] on {text.description} ({len(text):,} bytes), output in {config.output}")
     with StopRequest(console) as stop:

@@ -49,6 +49,7 @@ class Job:
       main_loss: the report whose bits per byte the progress bar shows.
       on_sample: called with the models every `sample_every` steps.
       validation_loss_fn: what is reported of validation text, where that is not `loss_fn`.
+      validate_first: whether validation text is measured before the first step, too.
     """
 
     config: RunConfig
@@ -59,6 +60,7 @@ class Job:
     main_loss: str
     on_sample: Callable[[Models, int], None]
     validation_loss_fn: LossFn | None = None
+    validate_first: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +109,8 @@ class _Loop:
         self.first = done = int(state.step)
         if done:
             self.saved, self.window = done, self.to.checkpoints.reports(done)
+        elif self.job.validate_first:
+            self.validate(state, done)
         for step in range(done, config.steps):
             state, report = self.step_fn(state, self.batch(step))
             self.pending.append((step, report))

@@ -5,7 +5,7 @@
         --experts.hidden 770 --experts.threshold 1e-6 --experts.no-add-ff-after
 
 Every expert starts as a copy of the feed-forward in whose place it stands, so that the validation loss before the first
-step is the dense run's. Only the routers are new.
+step, which is measured, is the dense run's. Only the routers are new.
 """
 
 from __future__ import annotations

@@ -229,6 +229,15 @@ def test_upcycling_starts_where_the_dense_run_ended(tmp_path):
         _, other = jax.jit(task.validation_loss_fn)(state.models, shard_rows(rows, mesh, axis=0))
     assert abs(float(other["target_loss"]) - float(expected["target_loss"])) > 1e-4
 
+    # The run itself measures it.
+    assert run(dataclasses.replace(config, steps=1), task, Console(file=io.StringIO())) == 0
+    for name in ("validation/target_loss", "validation/draft_loss"):
+        measured = logged(config, name)
+        assert list(measured) == [0, 1]
+        assert measured[0] == pytest.approx(logged(dense, name)[dense.steps], rel=TOLERANCE)
+        assert measured[1] != measured[0]
+    shutil.rmtree(config.output)
+
     # Refused before the run in the output folder is deleted, and before a folder is made.
     earlier = tmp_path / "earlier"
     shutil.copytree(dense.output, earlier)

@@ -126,6 +126,13 @@ def test_the_horizontal_axis_of_a_panel(tmp_path: pathlib.Path, drawn: dict[str,
     assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
 
 
+def test_a_line_upon_another_lets_it_be_seen(tmp_path: pathlib.Path, drawn: dict[str, Figure]):
+    one, other = [(1.0, 3.0), (2.0, 4.0)], [(1.0, 5.0), (2.0, 6.0)]
+    save_panels(tmp_path / "sheet.png", [[Panel("", "x", "y", {"a": one, "b": other, "c": list(one)})]])
+    (axes,) = drawn["sheet.png"].axes
+    assert [line.get_linestyle() for line in axes.lines] == ["-", "-", "--"]
+
+
 def test_panels_by_hand(tmp_path: pathlib.Path, drawn: dict[str, Figure]):
     """Names have the same colour in all panels, dashed lines that of their name."""
     one, other = [(1.0, 3.0), (2.0, 4.0)], [(1.0, 5.0), (2.0, 6.0)]
