@@ -7,8 +7,8 @@
 
 The loop says where rows lie and the weights say the rest; the compiler puts the communication in between. A mesh may
 have either axis, both, or others besides, which are left alone. Axes may be Auto or Explicit: the loop has them Auto
-within and returns tokens and counts on every device. A `Decoder` called by itself follows JAX's rules of Explicit axes.
-Nothing here changes what is computed.
+within and returns tokens and counts on every device. A `Decoder` called by itself follows JAX's rules of Explicit axes;
+`left_to_compiler` is for losses that call it. Nothing here changes what is computed.
 """
 
 from __future__ import annotations
@@ -70,19 +70,24 @@ def decoder_shardings(model: Tree, mesh: Mesh) -> Tree:
 
 
 def left_to_compiler(call: Callable[Arguments, Tree]) -> Callable[Arguments, Tree]:
-    """The same function of arrays by place and static options by name, with Explicit axes of the mesh in force Auto.
+    """The same function, within which the Explicit axes of the mesh in force are Auto.
 
-    Of what it returns, caches lie as within, other arrays of three axes or more over rows, all else everywhere.
+    Of what it returns, which must be arrays, caches lie as within, others of three axes over rows, all else everywhere.
     """
 
     @functools.wraps(call)
-    def around(*arrays: Arguments.args, **options: Arguments.kwargs) -> Tree:
+    def around(*arguments: Arguments.args, **options: Arguments.kwargs) -> Tree:
         mesh = jax.sharding.get_abstract_mesh()
         explicit = mesh.explicit_axes
         if not explicit:
-            return call(*arrays, **options)
+            return call(*arguments, **options)
+
+        def untyped(x: Any) -> Any:
+            return jax.reshard(x, PartitionSpec()) if isinstance(x, jax.Array) else x
+
         with jax.sharding.use_abstract_mesh(mesh.update_axis_types(dict.fromkeys(explicit, AxisType.Auto))):
-            result = call(*jax.reshard(arrays, PartitionSpec()), **options)
+            arguments, options = jax.tree.map(untyped, (arguments, options))
+            result = call(*arguments, **options)
 
         def typed(x: jax.Array) -> jax.Array:
             names = (DATA, MODEL) if x.ndim == 4 else (DATA,) if x.ndim == 3 else ()

@@ -16,8 +16,9 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from spec_jax import Drafter, Sampling, SmallModel, base_decoding, decoding, speculative_decoding, stream
-from spec_jax.sharding import decoder_shardings, over_rows
+from spec_jax import Decoder, Drafter, Sampling, SmallModel, base_decoding, decoding, speculative_decoding, stream
+from spec_jax.losses import next_token_loss
+from spec_jax.sharding import decoder_shardings, left_to_compiler, over_rows
 from tests.spec.strategies import NAMES, strategy
 from tests.spec.transformers import CONFIG, compare, near, ragged_prompts, transformer
 
@@ -109,6 +110,25 @@ def test_axes_of_both_kinds_within_a_program_of_ones_own():
     with jax.set_mesh(mesh):
         program = jax.jit(partial(speculative_decoding, prompt=PROMPTS, verification="coupled", **arguments("coupled")))
         check_equal(SMALL, "coupled", program(target, drafter))
+
+
+def test_a_loss_over_explicit_axes():
+    """Its gradient is that of one device, and lies as the weights do."""
+
+    @left_to_compiler
+    def loss(target: Decoder, rows: jax.Array, *, scale: float) -> jax.Array:
+        return scale * next_token_loss(target(rows[:, :-1]).logits, rows[:, 1:])
+
+    gradient = jax.jit(jax.value_and_grad(partial(loss, scale=2.0)))
+    target, rows = transformer(0), jnp.asarray(PROMPTS[:8])
+    alone = gradient(target, rows)
+    mesh = mesh_of(MESHES["both"], AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        target = jax.device_put(target, decoder_shardings(target, mesh))
+        spread = gradient(target, jax.device_put(rows, P("data")))
+        assert list(map(jax.typeof, jax.tree.leaves(spread[1]))) == list(map(jax.typeof, jax.tree.leaves(target)))
+    for got, wanted in zip(jax.tree.leaves(spread), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(got, wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
