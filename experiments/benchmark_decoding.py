@@ -23,7 +23,7 @@ from rich.table import Table
 
 import spec_jax
 from experiments import torch_reference
-from experiments.checks import at_least, not_installed
+from experiments.checks import at_least, different, not_installed
 from experiments.command_line import given_config
 from experiments.measure import alternate, leviathan_speedup, measure_costs
 from experiments.output import make_folder_of
@@ -67,6 +67,7 @@ class Config:
         at_least(
             1, self, "dim", "depth", "draft_depth", "prompt_length", "max_new_tokens", "batches", "gamma", "repeats"
         )
+        different(self, "batches")
         if not self.with_torch:
             return
         if self.dtype != "float32":
@@ -105,7 +106,7 @@ def main(config: Config) -> dict[str, Any]:
     report["speculative"] = _speculative(config, target, draft, with_torch)
     _print(console, report)
     config.output.write_text(json.dumps(report, indent=2) + "\n")
-    console.print(f"written to {config.output}")
+    console.print(f"written to {config.output}", markup=False, soft_wrap=True)
     return report
 
 

@@ -27,6 +27,14 @@ def at_least(least: float, config: Any, *names: str, prefix: str = "") -> None:
             raise ValueError(f"{prefix}{name} must be at least {least}, got {value}")
 
 
+def different(config: Any, *names: str) -> None:
+    """Raises ValueError when a named field, a sequence, holds something twice."""
+    for name in names:
+        values = getattr(config, name)
+        if len(set(values)) < len(values):
+            raise ValueError(f"{name} must be different ones, got {' '.join(map(str, values))}")
+
+
 def check_seed(seed: int) -> None:
     """Raises ValueError where a seed is none of `jax.random.key`, of whose larger ones only 32 bits count."""
     if not 0 <= seed < 2**32:

@@ -19,7 +19,7 @@ from flax import nnx
 from rich.console import Console
 
 import spec_jax
-from experiments.checks import at_least
+from experiments.checks import at_least, different
 from experiments.command_line import given_config
 from experiments.measure import measure_costs
 from experiments.output import make_folder_of
@@ -53,6 +53,7 @@ class CostConfig:
 
     def __post_init__(self) -> None:
         at_least(1, self, "gammas", "prompt_length", "max_new_tokens", "repeats")
+        different(self, "gammas")
         if not 1 <= self.draft_depth < self.depth:
             raise ValueError(f"draft_depth must be in [1, depth = {self.depth}), got {self.draft_depth}")
 
@@ -107,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(table)
     content = {"machine": machine(), "config": dataclasses.asdict(config) | {"output": None}, "rows": rows}
     config.output.write_text(json.dumps(content, indent=2) + "\n")
-    console.print(f"written to {config.output}")
+    console.print(f"written to {config.output}", markup=False, soft_wrap=True)
     return 0
 
 

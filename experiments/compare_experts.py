@@ -22,7 +22,7 @@ import numpy as np
 from rich.console import Console
 
 from experiments import train_moe
-from experiments.checks import at_least
+from experiments.checks import at_least, different
 from experiments.command_line import given_config
 from experiments.data import load_text
 from experiments.expert_decoder import forward, sum_of
@@ -69,8 +69,7 @@ class CompareConfig:
         known = (SPARSE, *VARIANTS)
         if not self.variants:
             raise ValueError("variants must have at least one name, got ()")
-        if len(set(self.variants)) < len(self.variants):
-            raise ValueError(f"variants must be different ones, got {' '.join(self.variants)}")
+        different(self, "variants")
         if unknown := [name for name in self.variants if name not in known]:
             raise ValueError(f"variants must be of {', '.join(known)}, got {unknown[0]!r}")
         at_least(1, self, "steps", "batch_size", "seeds")
@@ -301,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     (config.output / "experts.json").write_text(json.dumps(content, indent=1) + "\n")
     (config.output / "experts.md").write_text(markdown(rows))
     save_panels(config.output / "experts.png", panels(results))
-    console.print(f"experts.json, experts.md and experts.png are in {config.output}")
+    console.print(f"experts.json, experts.md and experts.png are in {config.output}", markup=False, soft_wrap=True)
     return 0
 
 

@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     content = {"machine": machine(), "curves": curves}
     (config.output / "prophet_effect.json").write_text(json.dumps(content, indent=2) + "\n")
-    console.print(f"prophet_effect.json and prophet_effect.png are in {config.output}")
+    console.print(f"prophet_effect.json and prophet_effect.png are in {config.output}", markup=False, soft_wrap=True)
     return 0
 
 

@@ -25,7 +25,7 @@ from rich.console import Console
 import spec_jax
 from experiments import search_layer_skip, train_draft, train_early_exit, train_prophet
 from experiments.checkpoints import named_leaves
-from experiments.checks import at_least
+from experiments.checks import at_least, different
 from experiments.command_line import given_config
 from experiments.data import load_text, validation_batches
 from experiments.decoding_run import DecodingRunConfig
@@ -77,6 +77,7 @@ class CompareConfig:
             raise ValueError(f"preset must be one of {', '.join(train_draft.PRESETS)}, got {self.preset!r}")
         at_least(1, self, "steps", "gammas", "batches", "repeats", "generate_length")
         at_least(0, self, "temperatures")
+        different(self, "gammas", "batches", "temperatures")
         if not np.isfinite(self.temperatures).all():
             raise ValueError(f"temperatures must be finite, got {self.temperatures}")
 
@@ -328,7 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     content = {"machine": machine(), "rows": [row.as_json() for row in rows + extremes]}
     (config.output / "strategies.json").write_text(json.dumps(content, indent=2) + "\n")
     save_panels(config.output / "strategies.png", panels(rows))
-    console.print(f"strategies.json and strategies.png are in {config.output}")
+    console.print(f"strategies.json and strategies.png are in {config.output}", markup=False, soft_wrap=True)
     return 0
 
 

@@ -166,7 +166,7 @@ def decoding_task(
             f"{config.generate_length} bytes generated",
         )
         write_report(config.output, measurements, label=strategy.label, configuration=configuration)
-        console.print(f"figures, numbers and checkpoints are in {config.output}")
+        console.print(f"figures, numbers and checkpoints are in {config.output}", markup=False, soft_wrap=True)
 
     return Task(
         kind=kind,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import shlex
 from collections.abc import Sequence
 
 import jax
@@ -181,8 +182,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path, json.dumps({"best": dataclasses.asdict(best), "way": [dataclasses.asdict(f) for f in way]}, indent=2)
     )
     console.print(
-        f"written to {path}; python -m experiments.generate --checkpoint {config.checkpoint} --drafter layer-skip "
-        "--prompt TEXT",
+        f"written to {path}; python -m experiments.generate --checkpoint {shlex.quote(str(config.checkpoint))} "
+        "--drafter layer-skip --prompt TEXT",
+        markup=False,
         soft_wrap=True,
     )
     return 0

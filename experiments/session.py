@@ -150,7 +150,9 @@ def run(config: RunConfig, task: Task, console: Console | None = None, *, go_on:
         validation_loss_fn=task.validation_loss_fn,
         validate_first=task.origin is not None,
     )
-    console.print(f"[bold]{task.kind}[/] on {text.description} ({len(text):,} bytes), output in {config.output}")
+    # Names of files may look like markup.
+    about = f"{task.kind} on {text.description} ({len(text):,} bytes), output in {config.output}"
+    console.print(about, markup=False, soft_wrap=True)
     with StopRequest(console) as stop:
         state = _train(job, task, template, console, stop)
     # A signal from here on has its usual effect.
@@ -181,7 +183,7 @@ def finish(config: RunConfig, task: Task, console: Console) -> int:
         # It begins anew if it ended before its first checkpoint. What else may be there is not to be deleted.
         return run(dataclasses.replace(config, overwrite=begun), task, console, go_on=SAME_COMMAND)
     if step == config.steps:
-        console.print(f"{task.kind} in {config.output}: trained already")
+        console.print(f"{task.kind} in {config.output}: trained already", markup=False, soft_wrap=True)
         return 0
     return run(dataclasses.replace(config, resume=True), task, console, go_on=SAME_COMMAND)
 

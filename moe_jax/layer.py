@@ -18,7 +18,7 @@ from moe_jax.dtypes import at_least_float32, wide_dtype
 from moe_jax.experts import Experts, FeedForward, initial_weights
 from moe_jax.losses import Metrics, RouterTotals, balance_loss, metrics, router_totals, router_z_loss
 from moe_jax.noise import RouterNoise, draw_noise
-from moe_jax.parallel import mix_over_mesh, placement
+from moe_jax.parallel import mix_over_mesh, placement, with_auto_axes
 from moe_jax.router_bias import RouterBias
 from moe_jax.routing import Choice, RouterInputs, Routing, chosen
 from moe_jax.slots import TokenGroups, assign_slots, token_groups
@@ -58,7 +58,8 @@ class MoE(nnx.Module):
       rngs: for the initial weights; not kept.
       mesh: devices to compute on, with axes of the names in the configuration (see `moe_jax.parallel`). Without one,
         the mesh of `jax.set_mesh` is used if it has these axes, and one device otherwise. The mesh changes no result.
-        Where axes of the one set are Explicit, outputs are split as the input is, all else is on every device.
+        Where axes of the one set are Explicit, outputs are split as the input is, all else is on every device, and
+        what `jax.vmap` maps must not be split over the layer's axes.
 
     Raises:
       ValueError: the mesh has neither of the axes, or an argument is of another kind.
@@ -93,7 +94,8 @@ class MoE(nnx.Module):
           mask: (B, N) or (T,) bool, false for padding: not routed, without capacity, loss, metric or output.
 
         Raises:
-          ValueError: a shape or dtype does not fit, `train` is no bool, or the key is missing.
+          ValueError: a shape or dtype does not fit, `train` is no bool, the key is missing, or arrays are split over
+            Explicit axes of a mesh that is not in force.
         """
         check_call(self.config, x, mask, train=train)
         return _left_to_compiler(partial(MoE._routed, train=train), self, jnp.asarray(x), key, mask)
@@ -325,14 +327,10 @@ def check_call(config: MoEConfig, x: jax.Array, mask: jax.Array | None, *, train
 def _left_to_compiler(
     call: Callable[..., MoEOutput], layer: nnx.Module, x: jax.Array, key: jax.Array | None, mask: jax.Array | None
 ) -> MoEOutput:
-    """`call` of the layer, where the mesh in force has Explicit axes, which are Auto within."""
-    axes = jax.sharding.get_abstract_mesh().explicit_axes
-    if not axes:
-        return call(layer, x, key, mask)
+    """`call` of the layer, within which Explicit axes of the mesh in force are Auto."""
     places: dict[str, Any] = {field.name: P() for field in dataclasses.fields(MoEOutput)}
-    places["outputs"] = jax.typeof(x).sharding.spec
-    within: Any = jax.sharding.auto_axes(call, axes=axes, out_sharding=MoEOutput(**places))
-    return within(layer, x, key, mask)
+    places["outputs"] = P(*jax.typeof(x).sharding.spec.partitions)
+    return with_auto_axes(call, MoEOutput(**places), layer, x, key, mask)
 
 
 def _feed_forward_options(config: MoEConfig) -> dict[str, Any]:

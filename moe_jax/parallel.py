@@ -101,6 +101,35 @@ def placement(config: MoEConfig, mesh: Mesh | None) -> Placement | None:
     return Placement(found, axes, Exchange(config.num_experts, expert_axis, expert_devices))
 
 
+def with_auto_axes(call: Callable[..., Any], places: Any, *arguments: Any) -> Any:
+    """`call` of the arguments, within which Explicit axes of the mesh in force are Auto.
+
+    Args:
+      call: a function of arrays.
+      places: a prefix of its result, of how arrays are split.
+      arguments: its own.
+
+    Raises:
+      ValueError: an argument is split over Explicit axes of a mesh that is not in force.
+    """
+    if axes := jax.sharding.get_abstract_mesh().explicit_axes:
+        within: Any = jax.sharding.auto_axes(call, axes=axes, out_sharding=places)
+        return within(*jax.tree.map(_no_longer_reduced, arguments))
+    for leaf in jax.tree.leaves(arguments):
+        if any(jax.typeof(leaf).sharding.spec.partitions):
+            raise ValueError(
+                "the mesh of arrays that are split over Explicit axes must be that of jax.set_mesh, got "
+                f"{jax.typeof(leaf)} without"
+            )
+    return call(*arguments)
+
+
+def _no_longer_reduced(x: jax.Array) -> jax.Array:
+    """JAX 0.10.2 forgets what is reduced where Explicit axes become Auto: gradients could be summed twice."""
+    spec = jax.typeof(x).sharding.spec
+    return jax.reshard(x, P(*spec.partitions)) if spec.reduced else x
+
+
 def mix_over_mesh(
     where: Placement,
     moe: "MoE",

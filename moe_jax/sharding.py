@@ -9,9 +9,13 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.checks import device_mesh, two_axes, whole
 
-# Parameters of `Experts`, known by their names: these are the same in a module, its gradients, the state of an
-# optimiser and a checkpoint. The number is that of their own axes, experts first; axes before those are layers.
+# Parameters, known by their names: these are the same in a module, its gradients, the state of an optimiser and a
+# checkpoint. The number is that of their own axes; axes before those are layers. Those of `Experts` have experts first.
 STACKED = {"w_in_edf": 3, "b_in_ef": 2, "mult_bias_ef": 2, "w_out_efd": 3, "b_out_ed": 2}
+OWN_AXES = STACKED | {
+    "w_in_df": 2, "b_in_f": 1, "mult_bias_f": 1, "w_out_fd": 2, "b_out_d": 1,
+    "router_de": 2, "router_bias_e": 1, "scale_d": 1,
+}  # fmt: skip
 
 
 def param_shardings(
@@ -31,8 +35,8 @@ def param_shardings(
       tree: a module that contains `MoE`s at any depth, an Optax state for it, or any pytree of both, of arrays or
         `jax.ShapeDtypeStruct`s. Weights of several layers may be stacked in front, for `jax.lax.scan`.
       mesh: the devices. Axes that it lacks split nothing.
-      fsdp: whether every array of two or more dimensions is also split over the data axis, along the largest
-        dimension that is left and that the axis divides.
+      fsdp: whether every array of two or more dimensions, layers apart, is also split over the data axis, along the
+        largest of them that is left and that the axis divides.
       data_axis: its name.
       expert_axis: its name.
 
@@ -48,13 +52,16 @@ def param_shardings(
 
     def sharding(path: tuple[Any, ...], leaf: jax.Array) -> NamedSharding:
         names: list[str | None] = [None] * leaf.ndim
-        stacked = _stacked_axes(path)
-        # What an optimiser keeps of a weight may have fewer axes: factors, or a placeholder.
-        if 0 < stacked <= leaf.ndim and expert_axis in sizes:
-            first = leaf.ndim - stacked
+        name = _parameter(path)
+        # What an optimiser keeps of a weight may have fewer axes, factors or a placeholder: it is on every device.
+        own = OWN_AXES.get(name, leaf.ndim)
+        first = leaf.ndim - own
+        if first < 0:
+            return NamedSharding(mesh, P(*names))
+        if name in STACKED and expert_axis in sizes:
             _split(names, leaf.shape, [first, *_largest_first(leaf.shape, first + 1)], expert_axis, sizes)
-        if fsdp and data_axis in sizes and leaf.ndim >= 2:
-            _split(names, leaf.shape, _largest_first(leaf.shape, 0), data_axis, sizes)
+        if fsdp and data_axis in sizes and own >= 2:
+            _split(names, leaf.shape, _largest_first(leaf.shape, first), data_axis, sizes)
         return NamedSharding(mesh, P(*names))
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
@@ -88,10 +95,10 @@ def token_sharding(mesh: Mesh, batch: int, *, data_axis: str = "data", expert_ax
     return NamedSharding(mesh, P())
 
 
-def _stacked_axes(path: tuple[Any, ...]) -> int:
-    """The number of a parameter's own axes if it is one of `Experts`, else 0."""
+def _parameter(path: tuple[Any, ...]) -> str:
+    """The name of one of a layer's parameters, or ""."""
     names = re.findall(r"\w+", jax.tree_util.keystr(path))
-    return next((STACKED[name] for name in names if name in STACKED), 0)
+    return next((name for name in names if name in OWN_AXES), "")
 
 
 def _largest_first(shape: tuple[int, ...], start: int) -> list[int]:

@@ -57,6 +57,10 @@ def checked_drafter(target: LanguageModel, drafter: Drafter, verification: str, 
     """
     if not isinstance(drafter, Drafter):
         raise ValueError(f"drafter must be a spec_jax.Drafter, such as SmallModel(draft), got {type(drafter).__name__}")
+    if jax.tree_util.all_leaves([drafter]):
+        raise ValueError(
+            f"drafter must be a pytree, its class decorated by flax.struct.dataclass, got {type(drafter).__name__}"
+        )
     if not is_integer(drafter.gamma) or drafter.gamma < 0:
         raise ValueError(f"gamma must be an integer >= 0, got {drafter.gamma!r}")
     drafter.check(target)

@@ -123,7 +123,7 @@ def start(
         sequence=Sequence(jnp.pad(prompt_bp, ((0, 0), (0, size - width))), prompt_length_b),
         prompt_length_b=prompt_length_b,
         done_b=jnp.broadcast_to(request.max_new_tokens <= 0, (batch,)),
-        target_cache=prefill.cache.resized(size),
+        target_cache=prefill.cache.resized(size).with_length(prompt_length_b - 1),
         drafter_state=drafter.start(target, sequence, prefill, size),
         stats=DecodeStats.zeros(batch, drafter.gamma),
     )

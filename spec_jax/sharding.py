@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA, MODEL = "data", "model"
@@ -72,7 +73,10 @@ def decoder_shardings(model: Tree, mesh: Mesh) -> Tree:
 def left_to_compiler(call: Callable[Arguments, Tree]) -> Callable[Arguments, Tree]:
     """The same function, within which the Explicit axes of the mesh in force are Auto.
 
-    Of what it returns, which must be arrays, caches lie as within, others of three axes over rows, all else everywhere.
+    Of what it returns, caches lie as within, other arrays of three axes over rows, all else everywhere.
+
+    Raises:
+      ValueError: by the function, where arrays are split over Explicit axes of a mesh that is not in force.
     """
 
     @functools.wraps(call)
@@ -80,16 +84,30 @@ def left_to_compiler(call: Callable[Arguments, Tree]) -> Callable[Arguments, Tre
         mesh = jax.sharding.get_abstract_mesh()
         explicit = mesh.explicit_axes
         if not explicit:
+            for x in filter(_is_array, jax.tree.leaves((arguments, options))):
+                if any(jax.typeof(x).sharding.spec.partitions):
+                    raise ValueError(
+                        "the mesh of arrays that are split over Explicit axes must be that of jax.set_mesh, got "
+                        f"{jax.typeof(x)} without"
+                    )
             return call(*arguments, **options)
 
-        def untyped(x: Any) -> Any:
-            return jax.reshard(x, PartitionSpec()) if isinstance(x, jax.Array) else x
+        def reduced(x: Any) -> Any:
+            # JAX 0.10.2 forgets what is reduced where Explicit axes become Auto: gradients could be summed twice.
+            spec = jax.typeof(x).sharding.spec if _is_array(x) else None
+            return jax.reshard(x, PartitionSpec(*spec.partitions)) if spec and spec.reduced else x
 
+        def untyped(x: Any) -> Any:
+            return jax.reshard(x, PartitionSpec()) if _is_array(x) else x
+
+        arguments, options = jax.tree.map(reduced, (arguments, options))
         with jax.sharding.use_abstract_mesh(mesh.update_axis_types(dict.fromkeys(explicit, AxisType.Auto))):
             arguments, options = jax.tree.map(untyped, (arguments, options))
             result = call(*arguments, **options)
 
-        def typed(x: jax.Array) -> jax.Array:
+        def typed(x: Any) -> Any:
+            if not _is_array(x):
+                return x
             names = (DATA, MODEL) if x.ndim == 4 else (DATA,) if x.ndim == 3 else ()
             cut = [
                 name if name in explicit and size % mesh.shape[name] == 0 else None
@@ -120,9 +138,14 @@ def over_heads(features: jax.Array, axis: int) -> jax.Array:
     return jax.lax.with_sharding_constraint(features, PartitionSpec(*axes))
 
 
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array)
+
+
 def _rows_constrained(x: jax.Array) -> jax.Array:
     size = _axis_size(DATA)
-    if size == 1 or not x.ndim:
+    # A drafter's state may have numbers of Python.
+    if size == 1 or not jnp.ndim(x):
         return x
     # Further axes of caches and hidden states may be cut. Of tokens and counts they are not worth it, and left to the
     # compiler they may be cut in a way that no mesh describes.

@@ -32,7 +32,8 @@ class Draft:
       tokens_bj: (B, J) int32.
       log_probs_bjv: (B, J, V) float32, the distribution each token was drawn from (a point mass where the draft is
         deterministic).
-      count_b: (B,) int32 in [0, J]: how many of them the row really drafted.
+      count_b: (B,) int32 in [0, J]: how many of them the row really drafted. Whether one is may depend on those before
+        it and on its distribution; were it to depend on what was drawn from that, verification would not be exact.
     """
 
     tokens_bj: jax.Array

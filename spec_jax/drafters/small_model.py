@@ -49,7 +49,8 @@ class SmallModel(Drafter):
         """The draft's cache after the prompts."""
         del target, prefill
         batch, width = sequence.tokens_bs.shape
-        return self.draft(sequence.tokens_bs, self.draft.init_cache(batch, width)).cache.resized(size)
+        cache = self.draft(sequence.tokens_bs, self.draft.init_cache(batch, width)).cache
+        return cache.resized(size).with_length(sequence.length_b)
 
     def propose(
         self, target: LanguageModel, sequence: Sequence, target_cache: Any, state: Any, choose: Choose

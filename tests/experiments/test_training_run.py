@@ -36,9 +36,11 @@ def checkpoint(config, step):
 
 
 def test_a_run_leaves_checkpoints_and_metrics(tmp_path):
-    config = tiny_config(tmp_path, keep_checkpoints=2, validate_every=5)
+    """In a folder whose name could be markup, too."""
+    config = tiny_config(tmp_path, keep_checkpoints=2, validate_every=5, output=tmp_path / "lr [bold]" / "[" / "x]")
     code, printed = train(config)
     assert code == 0
+    assert f"output in {config.output}\n" in printed
     assert steps_kept(config) == [8, 12]
     records = read_metrics(config.output)
     assert [r["step"] for r in records if "train/loss" in r] == [2, 4, 6, 8, 10, 12]

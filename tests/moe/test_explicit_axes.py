@@ -76,6 +76,51 @@ def test_as_on_one_device(make: Any, kinds: Any, spec: P, fsdp: bool, masked: bo
     assert_trees_close(spread, alone, relative=1e-5)
 
 
+def test_layers_placed_for_a_scan():
+    """And spread over `data`, whose size divides their number as it divides no hidden unit."""
+    blocks, x = [block(config(**OPTIONS | {"hidden": 9})) for _ in range(2)], hidden_states(4, 6, 8)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+
+    @jax.jit
+    def call(stacked: SparseMoEBlock, x: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, block: (block(x, train=True).outputs, None), x, stacked)[0]
+
+    alone = call(stacked, x)
+    mesh = jax.make_mesh((2, 2), ("data", "expert"))
+    with jax.set_mesh(mesh):
+        stacked = jax.device_put(stacked, param_shardings(stacked, mesh, fsdp=True))
+        assert_trees_close(call(stacked, jax.device_put(x, P("data"))), alone, relative=1e-5)
+
+
+def test_weights_that_are_reduced():
+    """As where they were gathered over `data` for the forward, and their gradients are summed over it.
+
+    3 experts on 2 devices: their weights move, and JAX 0.10.2 would sum the gradients of the moved ones twice.
+    """
+    layer, x = moe(config(**OPTIONS)), hidden_states(4, 6, 8)
+
+    def loss(layer: MoE, x: jax.Array, reduced: bool) -> jax.Array:
+        if reduced:
+            layer = jax.tree.map(lambda leaf: jax.reshard(leaf, P(reduced=frozenset(("data",)))), layer)
+        return jnp.sum(layer(x, train=True).outputs ** 2)
+
+    gradient = jax.jit(jax.grad(loss), static_argnums=2)
+    alone = gradient(layer, x, False)
+    with jax.set_mesh(jax.make_mesh((2, 2), ("data", "expert"))):
+        assert_trees_close(gradient(layer, jax.device_put(x, P("data")), True), alone, relative=1e-5)
+
+
+def test_arrays_of_a_mesh_that_is_not_set_are_refused():
+    mesh = jax.make_mesh((2, 2), ("data", "expert"))
+    layer, x = moe(config(**OPTIONS | {"num_experts": 4})), hidden_states(4, 6, 8)
+    placed = jax.device_put(layer, param_shardings(layer, mesh))
+    split = jax.device_put(x, NamedSharding(mesh, P("data")))
+    call = jax.jit(lambda layer, x: layer(x, train=True).outputs)
+    for got, arguments in ((r"float32\[4@expert,.*", (placed, x)), (r"float32\[4@data,6,8\]", (layer, split))):
+        with pytest.raises(ValueError, match=f"Explicit axes must be that of jax.set_mesh, got {got} without"):
+            call(*arguments)
+
+
 def test_outputs_lie_as_the_input_does():
     mesh = jax.make_mesh((2, 2), ("data", "expert"))
     with jax.set_mesh(mesh):

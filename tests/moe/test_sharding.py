@@ -9,10 +9,10 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from moe_jax import MoE, SparseMoEBlock, param_shardings, token_sharding
-from moe_jax.sharding import STACKED
+from moe_jax import MoE, SparseMoEBlock, TopN, param_shardings, token_sharding
+from moe_jax.sharding import OWN_AXES, STACKED
 from tests.moe.meshes import mesh_of
-from tests.moe.support import config
+from tests.moe.support import assert_trees_close, config, initial_layer
 
 
 class Model(nnx.Module):
@@ -56,11 +56,34 @@ def test_factored_states_of_an_optimiser_are_placed():
         assert all(size > 0 for size in sharding.shard_shape(leaf.shape))
 
 
-def test_every_weight_of_experts_is_known_by_name():
-    experts = model().blocks[0].moe.experts
-    own = {jax.tree_util.keystr(path, simple=True).removesuffix("value").rstrip("./") for path, _ in
-           jax.tree.leaves_with_path(experts)}  # fmt: skip
-    assert own == set(STACKED)
+@pytest.mark.mixed_dtypes
+def test_a_step_of_an_optimiser_with_factored_states_over_explicit_axes():
+    mesh, optimiser = jax.make_mesh((2, 2), ("data", "expert")), optax.adafactor(1e-2, min_dim_size_to_factor=4)
+    layer: Any = initial_layer(config(num_experts=3, dim=8, hidden=12))
+
+    @jax.jit
+    def updated(layer: Any, state: optax.OptState) -> Any:
+        return optax.apply_updates(layer, optimiser.update(jax.tree.map(jnp.sin, layer), state, layer)[0])
+
+    state = optimiser.init(layer)
+    alone = updated(layer, state)
+    with jax.set_mesh(mesh):
+        layer, state = (jax.device_put(x, param_shardings(x, mesh, fsdp=True)) for x in (layer, state))
+        assert_trees_close(updated(layer, state), alone, relative=1e-5)
+
+
+def own_axes(tree: Any) -> dict[str, int]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value").split(".")[-1]: leaf.ndim
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
+
+
+def test_every_weight_is_known_by_name():
+    biased = config(dim=8, hidden=16, num_shared_experts=1, router=TopN(bias=True), bias=True)
+    block = nnx.eval_shape(lambda: SparseMoEBlock(MoE(biased, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0)))
+    assert own_axes(block.moe.experts) == STACKED
+    assert own_axes(block) == OWN_AXES
 
 
 def test_without_a_whole_share_of_experts_another_dimension_is_split():
@@ -98,6 +121,20 @@ def test_weights_of_layers_stacked_for_a_scan():
     found = specs(stacked)
     assert found["experts.w_in_edf"] == P(None, "expert", None, None)
     assert found["experts.b_in_ef"] == P(None, "expert", None)
+
+
+def test_layers_are_not_split():
+    """4 of them, which the data axis divides as it divides no other dimension but the model's."""
+    odd = config(num_experts=4, dim=8, hidden=21, num_shared_experts=1, router=TopN(bias=True))
+    block = nnx.eval_shape(lambda: SparseMoEBlock(MoE(odd, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0)))
+    stacked = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((4, *leaf.shape), leaf.dtype), block)
+    shardings = jax.tree.leaves(param_shardings(stacked, mesh_of(2, 4), fsdp=True))
+    assert all(sharding.spec[0] is None for sharding in shardings)
+    found = specs(stacked, fsdp=True)
+    assert found["experts.mult_bias_ef"] == P(None, "expert", None)
+    assert found["experts.w_out_efd"] == P(None, "expert", None, "data")
+    assert found["moe.router_de"] == P(None, "data", None)
+    assert found["moe.router_bias_e"] == found["norm_moe.scale_d"] == P(None, None)
 
 
 def test_memory_for_experts_is_that_of_the_experts_at_hand():

@@ -97,6 +97,12 @@ OF_EVERY_DECODING: list[tuple[dict[str, Any], str]] = [
     (sampled(min_p=1.1), "min_p must be in [0, 1], got 1.1"),
     (sampled(min_p=NAN), "min_p must be in [0, 1], got nan"),
 ]
+
+
+class Undecorated(NGram):
+    """A subclass inherits that it is a dataclass, not that it is a pytree."""
+
+
 OF_SPECULATIVE_DECODING: list[tuple[dict[str, Any], str]] = [
     ({"drafter": SmallModel(DRAFT, gamma=-1)}, "gamma must be an integer >= 0, got -1"),
     ({"drafter": SmallModel(DRAFT, gamma=2.5)}, "gamma must be an integer >= 0, got 2.5"),  # pyright: ignore
@@ -116,6 +122,10 @@ OF_SPECULATIVE_DECODING: list[tuple[dict[str, Any], str]] = [
     ({"lenience": np.ones(2)}, "lenience must be in (0, 1], got array([1., 1.])"),
     ({"drafter": None}, "drafter must be a spec_jax.Drafter, such as SmallModel(draft), got None"),
     ({"drafter": DRAFT}, "drafter must be a spec_jax.Drafter, such as SmallModel(draft), got Toy"),
+    (
+        {"drafter": Undecorated()},
+        "drafter must be a pytree, its class decorated by flax.struct.dataclass, got Und",
+    ),
     ({"lenience": NAN}, "lenience must be in (0, 1], got nan"),
     (
         {"lenience": 0.5, "verification": "block"},

@@ -12,11 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import nnx, struct
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from spec_jax import Decoder, Drafter, Sampling, SmallModel, base_decoding, decoding, speculative_decoding, stream
+from spec_jax import (
+    Decoder,
+    Drafter,
+    NGram,
+    Sampling,
+    SmallModel,
+    base_decoding,
+    decoding,
+    speculative_decoding,
+    stream,
+)
 from spec_jax.losses import next_token_loss
 from spec_jax.sharding import decoder_shardings, left_to_compiler, over_rows
 from tests.spec.strategies import NAMES, strategy
@@ -112,6 +122,33 @@ def test_axes_of_both_kinds_within_a_program_of_ones_own():
         check_equal(SMALL, "coupled", program(target, drafter))
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_drafters_state_may_be_numbers_of_python(kind: AxisType):
+    @struct.dataclass
+    class Numbered(NGram):
+        def start(self, *arguments: Any, **options: Any) -> int:
+            return 0
+
+    target, _ = models(SMALL)
+    alone = base_decoding(target, PROMPTS, **arguments("coupled"))
+    with jax.set_mesh(mesh_of(MESHES["data"], kind)):
+        result = speculative_decoding(
+            target, Numbered(gamma=2), PROMPTS, verification="coupled", **arguments("coupled")
+        )
+        rounds = list(stream(target, Numbered(gamma=2), PROMPTS, verification="coupled", **arguments("coupled")))
+    np.testing.assert_array_equal(result.tokens, alone.tokens)
+    np.testing.assert_array_equal(sum(step.count_b for step in rounds), alone.lengths)
+
+
+def test_arrays_of_a_mesh_that_is_not_set_are_refused():
+    mesh = mesh_of(MESHES["both"], AxisType.Explicit)
+    target, _ = models(SMALL)
+    placed = jax.device_put(target, decoder_shardings(target, mesh))
+    message = r"split over Explicit axes must be that of jax.set_mesh, got float32\[.*@model.*\] without"
+    with pytest.raises(ValueError, match=message):
+        base_decoding(placed, PROMPTS, **arguments("coupled"))
+
+
 def test_a_loss_over_explicit_axes():
     """Its gradient is that of one device, and lies as the weights do."""
 
@@ -123,12 +160,20 @@ def test_a_loss_over_explicit_axes():
     target, rows = transformer(0), jnp.asarray(PROMPTS[:8])
     alone = gradient(target, rows)
     mesh = mesh_of(MESHES["both"], AxisType.Explicit)
+
+    def reduced(target: Decoder) -> jax.Array:
+        """As where weights are gathered over `data` for the forward, and gradients summed over it."""
+        return loss(jax.tree.map(lambda x: jax.reshard(x, P(reduced=frozenset(("data",)))), target), rows, scale=2.0)
+
     with jax.set_mesh(mesh):
         target = jax.device_put(target, decoder_shardings(target, mesh))
-        spread = gradient(target, jax.device_put(rows, P("data")))
+        rows = jax.device_put(rows, P("data"))
+        spread = gradient(target, rows)
         assert list(map(jax.typeof, jax.tree.leaves(spread[1]))) == list(map(jax.typeof, jax.tree.leaves(target)))
-    for got, wanted in zip(jax.tree.leaves(spread), jax.tree.leaves(alone), strict=True):
-        np.testing.assert_allclose(got, wanted, atol=1e-5)
+        summed = jax.jit(jax.value_and_grad(reduced))(transformer(0))
+    for results in (spread, summed):
+        for got, wanted in zip(jax.tree.leaves(results), jax.tree.leaves(alone), strict=True):
+            np.testing.assert_allclose(got, wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])

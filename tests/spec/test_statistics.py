@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
 
 from spec_jax import DecodeResult, NGram, Sampling, SmallModel, base_decoding, speculative_decoding, stream
 from spec_jax.result import DecodeStats
-from tests.spec.toys import Toy, deterministic_toy, random_toy
+from tests.spec.toys import TokenCache, Toy, deterministic_toy, random_toy
 from tests.spec.transformers import ragged_prompts
 
 # The draft knows 0 → 1 → 2 and then says 1, where the target says 0.
@@ -216,6 +217,24 @@ def test_dtypes_under_x64(rule: str):
         rates = result.acceptance_by_position, result.acceptance_rate, result.block_efficiency
         assert {x.dtype for x in jax.tree.leaves(counts)} == {jnp.dtype(jnp.int32)}
         assert {x.dtype for x in (*rates, result.mean_accepted_length)} == {jnp.dtype(jnp.float32)}
+
+
+@pytest.mark.mixed_dtypes
+def test_lengths_of_a_models_own_dtype_under_x64():
+    """Target and draft begin with int64, the loop goes on with int32."""
+
+    @struct.dataclass
+    class Wide(Toy):
+        def init_cache(self, batch: int, size: int) -> TokenCache:
+            return TokenCache(jnp.ones((batch, size), jnp.int32), jnp.zeros(batch, int))
+
+    call: dict[str, Any] = {"max_new_tokens": 8, "key": jax.random.key(0), "verification": "coupled"}
+    wanted = speculative_decoding(TARGET, SmallModel(DRAFT, gamma=2), [[0, 1]], **call)
+    with jax.enable_x64(True):
+        target, draft = Wide(TARGET.table), Wide(DRAFT.table)
+        assert target.init_cache(1, 1).length_b.dtype == jnp.int64
+        result = speculative_decoding(target, SmallModel(draft, gamma=2), [[0, 1]], **call)
+    assert result.tokens.tolist() == wanted.tokens.tolist()
 
 
 @pytest.mark.parametrize("rule", RULES)
