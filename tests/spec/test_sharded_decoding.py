@@ -170,7 +170,7 @@ def test_a_loss_over_explicit_axes():
         rows = jax.device_put(rows, P("data"))
         spread = gradient(target, rows)
         assert list(map(jax.typeof, jax.tree.leaves(spread[1]))) == list(map(jax.typeof, jax.tree.leaves(target)))
-        summed = jax.jit(jax.value_and_grad(reduced))(transformer(0))
+        summed = jax.jit(jax.value_and_grad(reduced))(jax.device_put(transformer(0), P()))
     for results in (spread, summed):
         for got, wanted in zip(jax.tree.leaves(results), jax.tree.leaves(alone), strict=True):
             np.testing.assert_allclose(got, wanted, atol=1e-5)
