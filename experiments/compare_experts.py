@@ -236,10 +236,10 @@ def panels(results: Sequence[Result]) -> list[list[Panel]]:
         label: [(step * run.tokens_per_step * run.flops_per_token / 1e12, bits) for step, bits in run.bits]
         for label, run in main.items()
     }
-    loss = "validation bits per byte"
+    loss, which = "validation bits per byte", ", first seed" if any(result.seed for result in results) else ""
     line = [
-        Panel("Loss against steps", "training step", loss, steps),
-        Panel("Loss against computation", "training TFLOP", loss, flops),
+        Panel(f"Loss against steps{which}", "training step", loss, steps),
+        Panel(f"Loss against computation{which}", "training TFLOP", loss, flops),
     ]
     sheet = [line]
     if (sparse := by_name.get(SPARSE)) is not None:

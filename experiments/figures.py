@@ -43,9 +43,10 @@ def save_loss_curves(path: pathlib.Path, training: Mapping[str, Points], validat
 def save_acceptance(path: pathlib.Path, by_position: Mapping[str, Sequence[float]]) -> None:
     """Chance that the token at each draft position is kept, one line for each of the named runs."""
     figure, axes = _new("position in the draft", "fraction of drafted tokens kept", "Acceptance by position")
+    # The first on top: long drafts would hide short ones that begin alike.
     for index, (name, fractions) in enumerate(by_position.items()):
-        positions = range(1, len(fractions) + 1)
-        axes.plot(positions, fractions, color=_shade(index, len(by_position)), marker="o", markersize=4, label=name)
+        style = {"color": _shade(index, len(by_position)), "marker": "o", "markersize": 4, "zorder": 3 - index / 100}
+        axes.plot(range(1, len(fractions) + 1), fractions, label=name, **style)
     axes.set_ylim(0, 1)
     _whole_numbers(axes)
     _legend(axes, ncols=2)

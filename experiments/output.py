@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import pathlib
 import secrets
@@ -56,9 +57,12 @@ def prepare_output(output: pathlib.Path, *, resume: bool, overwrite: bool) -> No
     """Makes the folder and empties it of an old run where asked to.
 
     Raises:
-      ValueError: it cannot be written; it holds a run and neither `resume` nor `overwrite` is given; or there is
-        nothing to resume, or no more than the checkpoints of a run.
+      ValueError: it cannot be written, by Orbax least of all; it holds a run and neither `resume` nor `overwrite` is
+        given; or there is nothing to resume, or no more than the checkpoints of a run.
     """
+    if not all(fnmatch.fnmatchcase(name, name) for name in output.absolute().parts):
+        # It looks for its own files by the path as a pattern, finds none, and what it has written cannot be read.
+        raise ValueError(f"output must have no [...] in its absolute path, where Orbax writes, got {output.absolute()}")
     if resume:
         # Before the folder is made: one that is not there is not left behind.
         _check_run(output)

@@ -186,6 +186,9 @@ class _Loop:
         with self.clock.paused():
             reports = [self.evaluate_fn(state.models, tokens)[1] for tokens in self.validation_batches()]
             means = {name: float(np.mean([report[name] for report in reports])) for name in reports[0]}
+        for name, value in means.items():
+            if name.endswith("loss"):
+                self.require_finite(value, f"the {name.replace('_', ' ')} on validation text after step {done}")
         self.to.progress.validated(done, bits_per_byte(means[self.job.main_loss]))
         if self.to.metrics is not None:
             losses = {f"validation/{name}": value for name, value in means.items()}

@@ -37,7 +37,7 @@ def checkpoint(config, step):
 
 def test_a_run_leaves_checkpoints_and_metrics(tmp_path):
     """In a folder whose name could be markup, too."""
-    config = tiny_config(tmp_path, keep_checkpoints=2, validate_every=5, output=tmp_path / "lr [bold]" / "[" / "x]")
+    config = tiny_config(tmp_path, keep_checkpoints=2, validate_every=5, output=tmp_path / "[" / "x]")
     code, printed = train(config)
     assert code == 0
     assert f"output in {config.output}\n" in printed
@@ -109,13 +109,17 @@ def test_the_loss_is_traced_twice_only(tmp_path):
     assert code == 0
 
 
-def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path):
-    config = tiny_config(tmp_path, learning_rate=1e30, schedule="cosine", warmup_steps=0, checkpoint_every=1)
+@pytest.mark.parametrize("validate_every", [1, 4])
+def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path, validate_every: int):
+    """By the loss on validation text, be it measured to be shown or before a checkpoint."""
+    changes = {"schedule": "cosine", "warmup_steps": 0, "checkpoint_every": 1, "validate_every": validate_every}
+    config = tiny_config(tmp_path, learning_rate=1e30, **changes)
     with pytest.raises(
         NonFiniteLossError, match=r"after step 1 is (nan|inf), training stopped; there is no checkpoint"
     ):
         train(config)
     assert not list((config.output / "checkpoints").iterdir())
+    assert "NaN" not in (config.output / "metrics.jsonl").read_text()
     with pytest.raises(ValueError, match=r"which holds checkpoints, .*: add --overwrite to delete it, or choose"):
         train(config)
 
@@ -159,6 +163,7 @@ def batch_of(config, step):
     [
         ({"output": "text.txt/below"}, "output must be a folder that can be written"),
         ({"output": "run"}, "output must be a folder without a run, .* add --resume"),
+        ({"output": "x [1]"}, r"output must have no \[...\] in its absolute path, where Orbax writes, got /.*/x \[1\]"),
         ({"resume": True, "output": "nothing"}, "output must be the output folder of a training run"),
         (
             {"prompt_length": 9000, "report": True, "overwrite": True},
