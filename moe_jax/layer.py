@@ -98,7 +98,7 @@ class MoE(nnx.Module):
             Explicit axes of a mesh that is not in force.
         """
         check_call(self.config, x, mask, train=train)
-        return _left_to_compiler(partial(MoE._routed, train=train), self, jnp.asarray(x), key, mask)
+        return _with_auto_axes(partial(MoE._routed, train=train), self, jnp.asarray(x), key, mask)
 
     def _routed(self, x: jax.Array, key: jax.Array | None, mask: jax.Array | None, *, train: bool) -> MoEOutput:
         x_td = x.reshape(-1, x.shape[-1])
@@ -262,7 +262,7 @@ class SparseMoEBlock(nnx.Module):
     ) -> MoEOutput:
         """As `MoE.__call__`, with residuals: padding keeps its own."""
         check_call(self.moe.config, x, mask, train=train)
-        return _left_to_compiler(partial(SparseMoEBlock._residual, train=train), self, jnp.asarray(x), key, mask)
+        return _with_auto_axes(partial(SparseMoEBlock._residual, train=train), self, jnp.asarray(x), key, mask)
 
     def _residual(self, x: jax.Array, key: jax.Array | None, mask: jax.Array | None, *, train: bool) -> MoEOutput:
         def unpadded(x: jax.Array) -> jax.Array:
@@ -324,7 +324,7 @@ def check_call(config: MoEConfig, x: jax.Array, mask: jax.Array | None, *, train
         raise ValueError(f"mask must be {x.shape[:-1]} bool, got {mask.shape} {mask.dtype}")
 
 
-def _left_to_compiler(
+def _with_auto_axes(
     call: Callable[..., MoEOutput], layer: nnx.Module, x: jax.Array, key: jax.Array | None, mask: jax.Array | None
 ) -> MoEOutput:
     """`call` of the layer, within which Explicit axes of the mesh in force are Auto."""

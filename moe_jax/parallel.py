@@ -87,8 +87,7 @@ def placement(config: MoEConfig, mesh: Mesh | None) -> Placement | None:
         if mesh is not None:
             raise ValueError(f"mesh must have an axis {names[0]!r} or {names[1]!r}, got {mesh.axis_names}")
         return None
-    if not around.axis_names and found.explicit_axes:
-        explicit = found.explicit_axes
+    if not around.axis_names and (explicit := [name for name in axes if name in found.explicit_axes]):
         raise ValueError(f"mesh must be that of jax.set_mesh, with its Explicit axes {explicit}, got none set")
     for name in axes:
         if name in found.manual_axes:

@@ -16,6 +16,8 @@ OWN_AXES = STACKED | {
     "w_in_df": 2, "b_in_f": 1, "mult_bias_f": 1, "w_out_fd": 2, "b_out_d": 1,
     "router_de": 2, "router_bias_e": 1, "scale_d": 1,
 }  # fmt: skip
+# What Adafactor keeps of a weight under its name, without one of its axes.
+FACTORS = {"v_row", "v_col"}
 
 
 def param_shardings(
@@ -35,8 +37,8 @@ def param_shardings(
       tree: a module that contains `MoE`s at any depth, an Optax state for it, or any pytree of both, of arrays or
         `jax.ShapeDtypeStruct`s. Weights of several layers may be stacked in front, for `jax.lax.scan`.
       mesh: the devices. Axes that it lacks split nothing.
-      fsdp: whether every array of two or more dimensions, layers apart, is also split over the data axis, along the
-        largest of them that is left and that the axis divides.
+      fsdp: whether every array of two or more dimensions is also split over the data axis, along the largest dimension
+        that is left and that the axis divides. Layers in which weights of `MoE`s or blocks are stacked do not count.
       data_axis: its name.
       expert_axis: its name.
 
@@ -52,11 +54,12 @@ def param_shardings(
 
     def sharding(path: tuple[Any, ...], leaf: jax.Array) -> NamedSharding:
         names: list[str | None] = [None] * leaf.ndim
-        name = _parameter(path)
-        # What an optimiser keeps of a weight may have fewer axes, factors or a placeholder: it is on every device.
+        parts = [part for part in re.findall(r"\w+", jax.tree_util.keystr(path)) if part != "value"]
+        name = parts[-1] if parts else ""
         own = OWN_AXES.get(name, leaf.ndim)
         first = leaf.ndim - own
-        if first < 0:
+        # What an optimiser keeps of a weight may have fewer axes, factors or a placeholder: it is on every device.
+        if first < 0 or not FACTORS.isdisjoint(parts):
             return NamedSharding(mesh, P(*names))
         if name in STACKED and expert_axis in sizes:
             _split(names, leaf.shape, [first, *_largest_first(leaf.shape, first + 1)], expert_axis, sizes)
@@ -93,12 +96,6 @@ def token_sharding(mesh: Mesh, batch: int, *, data_axis: str = "data", expert_ax
         if batch % devices == 0:
             return NamedSharding(mesh, P(split))
     return NamedSharding(mesh, P())
-
-
-def _parameter(path: tuple[Any, ...]) -> str:
-    """The name of one of a layer's parameters, or ""."""
-    names = re.findall(r"\w+", jax.tree_util.keystr(path))
-    return next((name for name in names if name in OWN_AXES), "")
 
 
 def _largest_first(shape: tuple[int, ...], start: int) -> list[int]:

@@ -73,51 +73,28 @@ def decoder_shardings(model: Tree, mesh: Mesh) -> Tree:
 def left_to_compiler(call: Callable[Arguments, Tree]) -> Callable[Arguments, Tree]:
     """The same function, within which the Explicit axes of the mesh in force are Auto.
 
-    Of what it returns, caches lie as within, other arrays of three axes over rows, all else everywhere.
+    Arrays of the mesh must be arguments, not closed over, and gradients be taken of it, not within it. Of what it
+    returns arrays of four axes, as caches are, lie over rows and heads, those of three over rows, and all others
+    everywhere; if there are such of three or four, what `jax.vmap` maps must not be split over rows or heads.
 
     Raises:
       ValueError: by the function, where arrays are split over Explicit axes of a mesh that is not in force.
     """
 
     @functools.wraps(call)
-    def around(*arguments: Arguments.args, **options: Arguments.kwargs) -> Tree:
+    def wrapped(*arguments: Arguments.args, **options: Arguments.kwargs) -> Tree:
         mesh = jax.sharding.get_abstract_mesh()
-        explicit = mesh.explicit_axes
-        if not explicit:
-            for x in filter(_is_array, jax.tree.leaves((arguments, options))):
-                if any(jax.typeof(x).sharding.spec.partitions):
-                    raise ValueError(
-                        "the mesh of arrays that are split over Explicit axes must be that of jax.set_mesh, got "
-                        f"{jax.typeof(x)} without"
-                    )
+        if not mesh.explicit_axes:
+            jax.tree.map(_check_not_split, (arguments, options))
             return call(*arguments, **options)
-
-        def reduced(x: Any) -> Any:
-            # JAX 0.10.2 forgets what is reduced where Explicit axes become Auto: gradients could be summed twice.
-            spec = jax.typeof(x).sharding.spec if _is_array(x) else None
-            return jax.reshard(x, PartitionSpec(*spec.partitions)) if spec and spec.reduced else x
-
-        def untyped(x: Any) -> Any:
-            return jax.reshard(x, PartitionSpec()) if _is_array(x) else x
-
-        arguments, options = jax.tree.map(reduced, (arguments, options))
-        with jax.sharding.use_abstract_mesh(mesh.update_axis_types(dict.fromkeys(explicit, AxisType.Auto))):
-            arguments, options = jax.tree.map(untyped, (arguments, options))
+        arguments, options = jax.tree.map(_no_longer_reduced, (arguments, options))
+        auto = dict.fromkeys(mesh.explicit_axes, AxisType.Auto)
+        with jax.sharding.use_abstract_mesh(mesh.update_axis_types(auto)):
+            arguments, options = jax.tree.map(_of_auto_axes, (arguments, options))
             result = call(*arguments, **options)
+        return jax.tree.map(_of_explicit_axes, result)
 
-        def typed(x: Any) -> Any:
-            if not _is_array(x):
-                return x
-            names = (DATA, MODEL) if x.ndim == 4 else (DATA,) if x.ndim == 3 else ()
-            cut = [
-                name if name in explicit and size % mesh.shape[name] == 0 else None
-                for name, size in zip(names, x.shape)
-            ]
-            return jax.reshard(x, PartitionSpec(*cut))
-
-        return jax.tree.map(typed, result)
-
-    return around
+    return wrapped
 
 
 def over_rows(tree: Tree) -> Tree:
@@ -138,10 +115,6 @@ def over_heads(features: jax.Array, axis: int) -> jax.Array:
     return jax.lax.with_sharding_constraint(features, PartitionSpec(*axes))
 
 
-def _is_array(x: Any) -> bool:
-    return isinstance(x, jax.Array)
-
-
 def _rows_constrained(x: jax.Array) -> jax.Array:
     size = _axis_size(DATA)
     # A drafter's state may have numbers of Python.
@@ -152,6 +125,37 @@ def _rows_constrained(x: jax.Array) -> jax.Array:
     further = PartitionSpec.UNCONSTRAINED if x.ndim > 2 else None
     rows = DATA if x.shape[0] % size == 0 else None
     return jax.lax.with_sharding_constraint(x, PartitionSpec(rows, *[further] * (x.ndim - 1)))
+
+
+def _check_not_split(x: Any) -> None:
+    if isinstance(x, jax.Array) and any(jax.typeof(x).sharding.spec.partitions):
+        raise ValueError(
+            "the mesh of arrays that are split over Explicit axes must be that of jax.set_mesh, got "
+            f"{jax.typeof(x)} without"
+        )
+
+
+def _no_longer_reduced(x: Any) -> Any:
+    """JAX 0.10.2 forgets what is reduced where Explicit axes become Auto: gradients could be summed twice."""
+    if not isinstance(x, jax.Array) or not (spec := jax.typeof(x).sharding.spec).reduced:
+        return x
+    return jax.reshard(x, PartitionSpec(*spec.partitions))
+
+
+def _of_auto_axes(x: Any) -> Any:
+    return jax.reshard(x, PartitionSpec()) if isinstance(x, jax.Array) else x
+
+
+def _of_explicit_axes(x: Any) -> Any:
+    if not isinstance(x, jax.Array):
+        return x
+    mesh = jax.sharding.get_abstract_mesh()
+    names = (DATA, MODEL) if x.ndim == 4 else (DATA,) if x.ndim == 3 else ()
+    cut = [
+        name if name in mesh.explicit_axes and size % mesh.shape[name] == 0 else None
+        for name, size in zip(names, x.shape)
+    ]
+    return jax.reshard(x, PartitionSpec(*cut))
 
 
 def _axis_size(name: str) -> int:

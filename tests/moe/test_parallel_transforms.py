@@ -127,7 +127,7 @@ def test_refused():
         MoE(moe, rngs=anything(None), mesh=anything("cpu"))
     with pytest.raises(ValueError, match=r"mesh must have an axis 'data' or 'expert', got \('rows', 'model'\)"):
         MoE(moe, rngs=anything(None), mesh=mesh_of(2, 2, ("rows", "model")))
-    with pytest.raises(ValueError, match=r"with its Explicit axes \('data', 'expert'\), got none set"):
+    with pytest.raises(ValueError, match=r"with its Explicit axes \['data', 'expert'\], got none set"):
         MoE(moe, rngs=anything(None), mesh=jax.make_mesh((2, 2), ("data", "expert")))
     taken = jax.shard_map(
         lambda x: MoE(moe, rngs=nnx.Rngs(0))(x, train=False).outputs,

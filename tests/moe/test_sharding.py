@@ -57,9 +57,13 @@ def test_factored_states_of_an_optimiser_are_placed():
 
 
 @pytest.mark.mixed_dtypes
-def test_a_step_of_an_optimiser_with_factored_states_over_explicit_axes():
+@pytest.mark.parametrize("layers", [None, 2, 3])
+def test_a_step_of_an_optimiser_with_factored_states_over_explicit_axes(layers: int | None):
+    """Of stacked weights the factors have as many axes as a single layer's weights."""
     mesh, optimiser = jax.make_mesh((2, 2), ("data", "expert")), optax.adafactor(1e-2, min_dim_size_to_factor=4)
-    layer: Any = initial_layer(config(num_experts=3, dim=8, hidden=12))
+    layer: Any = initial_layer(config(num_experts=4, dim=8, hidden=12))
+    if layers:
+        layer = jax.tree.map(lambda leaf: jnp.stack([leaf] * layers), layer)
 
     @jax.jit
     def updated(layer: Any, state: optax.OptState) -> Any:
@@ -84,6 +88,12 @@ def test_every_weight_is_known_by_name():
     block = nnx.eval_shape(lambda: SparseMoEBlock(MoE(biased, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0)))
     assert own_axes(block.moe.experts) == STACKED
     assert own_axes(block) == OWN_AXES
+
+
+def test_names_of_layers_weights_around_other_weights():
+    """It is the weight's own name that counts."""
+    others = {"scale_d": {"kernel": jax.ShapeDtypeStruct((64, 32), jnp.float32)}}
+    assert specs(others, fsdp=True) == {"scale_d.kernel": P("data", None)}
 
 
 def test_without_a_whole_share_of_experts_another_dimension_is_split():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -204,18 +204,30 @@ def test_another_target_gives_other_tokens():
     assert found.diverged > len(PROMPTS) / 2
 
 
-def compiled(mesh: Mesh) -> str:
-    """The compiled decoding."""
+def prepared_on(mesh: Mesh) -> tuple[Any, ...]:
+    """Target, drafter, prompts, their lengths and the request."""
     target, drafter = models(SMALL)
     target, drafter = (jax.device_put(model, decoder_shardings(model, mesh)) for model in (target, drafter))
     chosen = arguments("coupled")
+    prepared = decoding._prepare(
+        target, drafter, PROMPTS, LENGTHS, 20, chosen["key"], chosen["sampling"], 5, 0, "coupled", 1.0, None, None
+    )
+    return target, drafter, prepared.prompt_bp, prepared.prompt_length_b, prepared.request
+
+
+def compiled(mesh: Mesh) -> str:
+    """The compiled decoding."""
     with jax.set_mesh(mesh):
-        prepared = decoding._prepare(
-            target, drafter, PROMPTS, LENGTHS, 20, chosen["key"], chosen["sampling"], 5, 0, "coupled", 1.0, None, None
-        )
-        prompts = prepared.prompt_bp, prepared.prompt_length_b
-        lowered = decoding.compiled_decode.lower(target, drafter, *prompts, prepared.request, size=128, width=64)
-    return lowered.compile().as_text() or ""
+        lowered = decoding.compiled_decode.lower(*prepared_on(mesh), size=128, width=64)
+        return lowered.compile().as_text() or ""
+
+
+def compiled_round(mesh: Mesh) -> str:
+    """The compiled round of `stream`."""
+    with jax.set_mesh(mesh):
+        target, drafter, *prompts, request = prepared_on(mesh)
+        state = decoding.compiled_start(target, drafter, *prompts, request, size=128)
+        return decoding.compiled_round.lower(target, drafter, state, request).compile().as_text() or ""
 
 
 def collectives(program: str) -> dict[str, int]:
@@ -230,13 +242,14 @@ def test_rows_stay_where_they_are():
     assert collectives(compiled(mesh_of({"data": 4}))) == {"all-reduce": 1}
 
 
-def test_no_cache_is_gathered():
+@pytest.mark.parametrize("program", [compiled, compiled_round])
+def test_no_cache_is_gathered(program: Callable[[Mesh], str]):
     """Nor, where axes are Explicit, anything but the few numbers that come back."""
-    found = collectives(compiled(mesh_of(MESHES["both"])))
+    found = collectives(program(mesh_of(MESHES["both"])))
     assert "all-gather" not in found
-    explicit = compiled(mesh_of(MESHES["both"], AxisType.Explicit))
+    explicit = program(mesh_of(MESHES["both"], AxisType.Explicit))
     returned = collectives(explicit)
-    assert returned.pop("all-gather") == len(re.findall(r"s32\[\d+(?:,\d+)?\]\S* all-gather\(", explicit))
+    assert returned.pop("all-gather") == len(re.findall(r"(?:s32|pred)\[\d+(?:,\d+)?\]\S* all-gather\(", explicit))
     assert returned == found
 
 
