@@ -85,7 +85,8 @@ def left_to_compiler(call: Callable[Arguments, Tree]) -> Callable[Arguments, Tre
     def wrapped(*arguments: Arguments.args, **options: Arguments.kwargs) -> Tree:
         mesh = jax.sharding.get_abstract_mesh()
         if not mesh.explicit_axes:
-            jax.tree.map(_check_not_split, (arguments, options))
+            for leaf in jax.tree.leaves((arguments, options)):
+                _check_not_split(leaf)
             return call(*arguments, **options)
         arguments, options = jax.tree.map(_no_longer_reduced, (arguments, options))
         auto = dict.fromkeys(mesh.explicit_axes, AxisType.Auto)
