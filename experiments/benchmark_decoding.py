@@ -26,7 +26,7 @@ from experiments import torch_reference
 from experiments.checks import at_least, different, not_installed
 from experiments.command_line import given_config
 from experiments.measure import alternate, leviathan_speedup, measure_costs
-from experiments.output import make_folder_of
+from experiments.output import make_folder_of, print_with_paths
 from experiments.report import machine
 from experiments.runtime import exit_with
 from spec_jax import checks, decoding, loop
@@ -106,7 +106,7 @@ def main(config: Config) -> dict[str, Any]:
     report["speculative"] = _speculative(config, target, draft, with_torch)
     _print(console, report)
     config.output.write_text(json.dumps(report, indent=2) + "\n")
-    console.print(f"written to {config.output}", markup=False, soft_wrap=True)
+    print_with_paths(console, f"written to {config.output}")
     return report
 
 

@@ -81,15 +81,16 @@ class Config:
         # Two experts are active.
         at_least(2, self, "num_experts", "growing_experts", "mixtral_experts")
         at_least(1, self, "dim", "shapes", "shape", "lengths", "growing_experts_shapes", "mixtral_hidden", "repeats")
-        different(self, "sections", "mesh", "shapes", "growing_experts", "growing_experts_shapes", "mixtral_experts")
         if not self.sections and not self.mesh:
             raise ValueError("sections must name at least one, got none")
         if "mesh" in self.sections and not self.mesh:
             raise ValueError("mesh must name at least one mesh for the section 'mesh', got none")
         for text in self.mesh:
             mesh_costs.parsed_mesh(text)
-        if len(set(self.lengths)) < max(2, len(self.lengths)):
+        if len(set(self.lengths)) < 2:
             raise ValueError(f"lengths must be two different ones at least, got {self.lengths}")
+        different(self, "sections", "mesh", "shapes", "lengths")
+        different(self, "growing_experts", "growing_experts_shapes", "mixtral_experts")
 
 
 Row = dict[str, Any]

@@ -22,7 +22,7 @@ import spec_jax
 from experiments.checks import at_least, different
 from experiments.command_line import given_config
 from experiments.measure import measure_costs
-from experiments.output import make_folder_of
+from experiments.output import make_folder_of, print_with_paths
 from experiments.report import machine, narrow_table
 from experiments.runtime import exit_with
 
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(table)
     content = {"machine": machine(), "config": dataclasses.asdict(config) | {"output": None}, "rows": rows}
     config.output.write_text(json.dumps(content, indent=2) + "\n")
-    console.print(f"written to {config.output}", markup=False, soft_wrap=True)
+    print_with_paths(console, f"written to {config.output}")
     return 0
 
 

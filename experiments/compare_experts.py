@@ -29,7 +29,7 @@ from experiments.expert_decoder import forward, sum_of
 from experiments.figures import Panel, save_panels
 from experiments.flops import counted_flops
 from experiments.metrics import read_metrics
-from experiments.output import make_folder
+from experiments.output import make_folder, print_with_paths
 from experiments.report import machine, narrow_table
 from experiments.runtime import exit_with, require_one_process, use_compilation_cache
 from experiments.session import finish_each
@@ -236,10 +236,11 @@ def panels(results: Sequence[Result]) -> list[list[Panel]]:
         label: [(step * run.tokens_per_step * run.flops_per_token / 1e12, bits) for step, bits in run.bits]
         for label, run in main.items()
     }
-    loss, which = "validation bits per byte", ", first seed" if any(result.seed for result in results) else ""
+    loss = "validation bits per byte"
+    seed = ", first seed" if any(result.seed for result in results) else ""
     line = [
-        Panel(f"Loss against steps{which}", "training step", loss, steps),
-        Panel(f"Loss against computation{which}", "training TFLOP", loss, flops),
+        Panel(f"Loss against steps{seed}", "training step", loss, steps),
+        Panel(f"Loss against computation{seed}", "training TFLOP", loss, flops),
     ]
     sheet = [line]
     if (sparse := by_name.get(SPARSE)) is not None:
@@ -300,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     (config.output / "experts.json").write_text(json.dumps(content, indent=1) + "\n")
     (config.output / "experts.md").write_text(markdown(rows))
     save_panels(config.output / "experts.png", panels(results))
-    console.print(f"experts.json, experts.md and experts.png are in {config.output}", markup=False, soft_wrap=True)
+    print_with_paths(console, f"experts.json, experts.md and experts.png are in {config.output}")
     return 0
 
 

@@ -22,6 +22,7 @@ from experiments import train_prophet
 from experiments.command_line import given_config
 from experiments.figures import Panel, save_panels
 from experiments.metrics import read_metrics
+from experiments.output import print_with_paths
 from experiments.report import machine
 from experiments.runtime import exit_with, require_one_process
 from experiments.session import finish_each
@@ -134,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     content = {"machine": machine(), "curves": curves}
     (config.output / "prophet_effect.json").write_text(json.dumps(content, indent=2) + "\n")
-    console.print(f"prophet_effect.json and prophet_effect.png are in {config.output}", markup=False, soft_wrap=True)
+    print_with_paths(console, f"prophet_effect.json and prophet_effect.png are in {config.output}")
     return 0
 
 

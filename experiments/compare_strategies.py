@@ -32,7 +32,7 @@ from experiments.decoding_run import DecodingRunConfig
 from experiments.figures import Panel, save_panels
 from experiments.generate import LoadedRun, load_run
 from experiments.measure import PLAIN, Measurement, measure_costs, measure_decoding
-from experiments.output import make_folder, write_whole
+from experiments.output import make_folder, print_with_paths, write_whole
 from experiments.report import machine, narrow_table
 from experiments.runtime import exit_with, require_one_process, use_compilation_cache
 from experiments.session import SAME_COMMAND, Task, finish_each
@@ -329,7 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     content = {"machine": machine(), "rows": [row.as_json() for row in rows + extremes]}
     (config.output / "strategies.json").write_text(json.dumps(content, indent=2) + "\n")
     save_panels(config.output / "strategies.png", panels(rows))
-    console.print(f"strategies.json and strategies.png are in {config.output}", markup=False, soft_wrap=True)
+    print_with_paths(console, f"strategies.json and strategies.png are in {config.output}")
     return 0
 
 

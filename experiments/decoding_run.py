@@ -15,6 +15,7 @@ from experiments.checks import at_least
 from experiments.config import RunConfig
 from experiments.data import Text, batch_at
 from experiments.measure import measure_decoding
+from experiments.output import print_with_paths
 from experiments.report import print_table, write_report
 from experiments.samples import print_samples
 from experiments.session import Origin, Task
@@ -166,7 +167,7 @@ def decoding_task(
             f"{config.generate_length} bytes generated",
         )
         write_report(config.output, measurements, label=strategy.label, configuration=configuration)
-        console.print(f"figures, numbers and checkpoints are in {config.output}", markup=False, soft_wrap=True)
+        print_with_paths(console, f"figures, numbers and checkpoints are in {config.output}")
 
     return Task(
         kind=kind,

@@ -10,6 +10,8 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
+from rich.console import Console
+
 from experiments import checkpoints, metrics
 
 REPORT = "report.json"
@@ -21,6 +23,11 @@ CONTENTS = (
     checkpoints.FOLDER, metrics.TENSORBOARD, metrics.FILE, metrics.WANDB, metrics.WANDB_ID, REPORT, LOSS_FIGURE,
     ACCEPTANCE_FIGURE, SPEEDUP_FIGURE, LAYER_SKIP_FILE, CONFIGURATION,
 )  # fmt: skip
+
+
+def print_with_paths(console: Console, line: str) -> None:
+    """Prints a line with the names of files, which may look like markup and are to be copied whole."""
+    console.print(line, markup=False, soft_wrap=True)
 
 
 def make_folder(output: pathlib.Path, *, argument: str = "output") -> None:
@@ -57,8 +64,8 @@ def prepare_output(output: pathlib.Path, *, resume: bool, overwrite: bool) -> No
     """Makes the folder and empties it of an old run where asked to.
 
     Raises:
-      ValueError: it cannot be written, by Orbax least of all; it holds a run and neither `resume` nor `overwrite` is
-        given; or there is nothing to resume, or no more than the checkpoints of a run.
+      ValueError: it cannot be written, or Orbax takes its path for a pattern; it holds a run and neither `resume` nor
+        `overwrite` is given; or there is nothing to resume, or no more than the checkpoints of a run.
     """
     if not all(fnmatch.fnmatchcase(name, name) for name in output.absolute().parts):
         # It looks for its own files by the path as a pattern, finds none, and what it has written cannot be read.

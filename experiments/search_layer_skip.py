@@ -30,7 +30,7 @@ from experiments.data import load_text, validation_batches
 from experiments.expert_decoder import weights_read
 from experiments.generate import load_run
 from experiments.measure import leviathan_speedup
-from experiments.output import LAYER_SKIP_FILE, make_folder, write_whole
+from experiments.output import LAYER_SKIP_FILE, make_folder, print_with_paths, write_whole
 from experiments.runtime import exit_with, use_compilation_cache
 from spec_jax.layers import rotary_angles
 
@@ -181,12 +181,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_whole(
         path, json.dumps({"best": dataclasses.asdict(best), "way": [dataclasses.asdict(f) for f in way]}, indent=2)
     )
-    console.print(
-        f"written to {path}; python -m experiments.generate --checkpoint {shlex.quote(str(config.checkpoint))} "
-        "--drafter layer-skip --prompt TEXT",
-        markup=False,
-        soft_wrap=True,
-    )
+    generate = f"python -m experiments.generate --checkpoint {shlex.quote(str(config.checkpoint))}"
+    print_with_paths(console, f"written to {path}; {generate} --drafter layer-skip --prompt TEXT")
     return 0
 
 

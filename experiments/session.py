@@ -16,7 +16,7 @@ from experiments.checkpoints import Checkpoints, newest, open_run, run_folder
 from experiments.config import RunConfig, as_json, differences
 from experiments.data import Text, is_read, load_text
 from experiments.metrics import Metrics, wandb_module
-from experiments.output import check_no_run, prepare_output, read_configuration, write_configuration
+from experiments.output import check_no_run, prepare_output, print_with_paths, read_configuration, write_configuration
 from experiments.progress import TrainingProgress
 from experiments.runtime import start_processes, use_compilation_cache
 from experiments.signals import StopRequest
@@ -150,9 +150,8 @@ def run(config: RunConfig, task: Task, console: Console | None = None, *, go_on:
         validation_loss_fn=task.validation_loss_fn,
         validate_first=task.origin is not None,
     )
-    # Names of files may look like markup.
     about = f"{task.kind} on {text.description} ({len(text):,} bytes), output in {config.output}"
-    console.print(about, markup=False, soft_wrap=True)
+    print_with_paths(console, about)
     with StopRequest(console) as stop:
         state = _train(job, task, template, console, stop)
     # A signal from here on has its usual effect.
@@ -183,7 +182,7 @@ def finish(config: RunConfig, task: Task, console: Console) -> int:
         # It begins anew if it ended before its first checkpoint. What else may be there is not to be deleted.
         return run(dataclasses.replace(config, overwrite=begun), task, console, go_on=SAME_COMMAND)
     if step == config.steps:
-        console.print(f"{task.kind} in {config.output}: trained already", markup=False, soft_wrap=True)
+        print_with_paths(console, f"{task.kind} in {config.output}: trained already")
         return 0
     return run(dataclasses.replace(config, resume=True), task, console, go_on=SAME_COMMAND)
 

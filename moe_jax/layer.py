@@ -98,7 +98,8 @@ class MoE(nnx.Module):
             Explicit axes of a mesh that is not in force.
         """
         check_call(self.config, x, mask, train=train)
-        return _with_auto_axes(partial(MoE._routed, train=train), self, jnp.asarray(x), key, mask)
+        x = jnp.asarray(x)
+        return with_auto_axes(partial(MoE._routed, train=train), _places(x), self, x, key, mask)
 
     def _routed(self, x: jax.Array, key: jax.Array | None, mask: jax.Array | None, *, train: bool) -> MoEOutput:
         x_td = x.reshape(-1, x.shape[-1])
@@ -262,7 +263,8 @@ class SparseMoEBlock(nnx.Module):
     ) -> MoEOutput:
         """As `MoE.__call__`, with residuals: padding keeps its own."""
         check_call(self.moe.config, x, mask, train=train)
-        return _with_auto_axes(partial(SparseMoEBlock._residual, train=train), self, jnp.asarray(x), key, mask)
+        x = jnp.asarray(x)
+        return with_auto_axes(partial(SparseMoEBlock._residual, train=train), _places(x), self, x, key, mask)
 
     def _residual(self, x: jax.Array, key: jax.Array | None, mask: jax.Array | None, *, train: bool) -> MoEOutput:
         def unpadded(x: jax.Array) -> jax.Array:
@@ -324,13 +326,11 @@ def check_call(config: MoEConfig, x: jax.Array, mask: jax.Array | None, *, train
         raise ValueError(f"mask must be {x.shape[:-1]} bool, got {mask.shape} {mask.dtype}")
 
 
-def _with_auto_axes(
-    call: Callable[..., MoEOutput], layer: nnx.Module, x: jax.Array, key: jax.Array | None, mask: jax.Array | None
-) -> MoEOutput:
-    """`call` of the layer, within which Explicit axes of the mesh in force are Auto."""
+def _places(x: jax.Array) -> MoEOutput:
+    """How what a layer makes of `x` is split over Explicit axes: outputs as `x` is, all else not."""
     places: dict[str, Any] = {field.name: P() for field in dataclasses.fields(MoEOutput)}
     places["outputs"] = P(*jax.typeof(x).sharding.spec.partitions)
-    return with_auto_axes(call, MoEOutput(**places), layer, x, key, mask)
+    return MoEOutput(**places)
 
 
 def _feed_forward_options(config: MoEConfig) -> dict[str, Any]:

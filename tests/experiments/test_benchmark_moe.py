@@ -87,7 +87,7 @@ def test_meshes_refused(tmp_path: pathlib.Path, mesh: tuple[str, ...], message: 
         ({"sections": ()}, "sections must name at least one, got none"),
         ({"sections": ("dense", "mesh")}, "mesh must name at least one mesh for the section 'mesh', got none"),
         ({"lengths": (16, 16)}, "lengths must be two different ones at least"),
-        ({"lengths": (16, 16, 32)}, "lengths must be two different ones at least"),
+        ({"lengths": (16, 16, 32)}, "lengths must be different ones, got 16 16 32"),
         ({"sections": ("dense", "dense")}, "sections must be different ones, got dense dense"),
         ({"growing_experts_shapes": ((1, 8), (1, 8))}, "growing_experts_shapes must be different ones, got"),
     ],

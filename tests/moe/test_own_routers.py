@@ -52,15 +52,13 @@ class Careless(TopN):
     dtype: Any = None
 
     def choose(self, inputs: RouterInputs, *, train: bool) -> Any:
+        if not self.field:
+            return None
         choice = super().choose(inputs, train=train)
         choice = dataclasses.replace(choice, wanted_ta=jnp.ones_like(choice.wanted_ta))
         if self.dtype is None:
             return choice
-        return (
-            None
-            if not self.field
-            else dataclasses.replace(choice, **{self.field: getattr(choice, self.field).astype(self.dtype)})
-        )
+        return dataclasses.replace(choice, **{self.field: getattr(choice, self.field).astype(self.dtype)})
 
 
 @pytest.mark.parametrize("dispatch", ["index", "ragged"])
