@@ -28,7 +28,7 @@ from experiments.checks import at_least, different, not_installed
 from experiments.command_line import given_config
 from experiments.measure import alternate
 from experiments.moe_tables import described, print_meshes, print_section
-from experiments.output import make_folder_of
+from experiments.output import make_folder_of, print_with_paths, write_whole
 from experiments.peak_memory import check_measurable, peak_memory
 from experiments.report import machine
 from experiments.runtime import exit_with
@@ -132,7 +132,8 @@ def main(config: Config) -> dict[str, Any]:
             "config": dataclasses.asdict(config) | {"output": None},
             "rows": rows,
         }
-        config.output.write_text(json.dumps(report, indent=2) + "\n")
+        write_whole(config.output, json.dumps(report, indent=2) + "\n")
+    print_with_paths(console, f"written to {config.output}")
     return report
 
 

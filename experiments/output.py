@@ -55,9 +55,10 @@ def make_folder_of(file: pathlib.Path) -> None:
     Raises:
       ValueError: it cannot be made, or not be written to, or the file is a folder.
     """
+    make_folder(file.parent)
+    # Not before: what is named by way of a new folder, as "new/..", has been none until now.
     if file.is_dir():
         raise ValueError(f"output must be a file, got the folder {file}")
-    make_folder(file.parent)
 
 
 def prepare_output(output: pathlib.Path, *, resume: bool, overwrite: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
@@ -132,6 +133,10 @@ def exit_with(main: Callable[[], int]) -> None:
     Exit codes: 0 done; 1 any other error; 2 bad input; 3 the loss was not finite; 130 SIGINT and 143 SIGTERM, both
     after a checkpoint was saved (130 without one when Ctrl-C came twice, or outside training).
     """
+    # A terminal that has no letter such as "γ" shows a question mark, and what was measured is not lost.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     # Orbax tells every step of its work to absl's log.
     logging.getLogger("absl").setLevel(logging.ERROR)
     # Not before: see `start.end_at_interrupt`.

@@ -1,4 +1,4 @@
-"""Scripts start with huge pages, where nobody has chosen otherwise, and end quietly at Ctrl-C."""
+"""Scripts start with huge pages, unless told otherwise, end quietly at Ctrl-C, and print on any terminal."""
 
 import os
 import subprocess
@@ -46,8 +46,8 @@ IMPORTED_BY_A_SCRIPT = (
 )
 
 
-def run(program: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, VARIABLE: ""}
+def run(program: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, VARIABLE: "", **variables}
     return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=90)
 
 
@@ -73,3 +73,17 @@ def test_an_interrupt_is_neither_shown_nor_lost():
 def test_an_interrupt_that_is_ignored_stays_ignored():
     done = run(IMPORTED_BY_A_SCRIPT.format("SIG_IGN", "SIG_IGN") + "signal.raise_signal(signal.SIGINT)\nprint('on')\n")
     assert (done.returncode, done.stdout, done.stderr) == (0, "on\n", "")
+
+
+def test_a_letter_that_a_terminal_lacks_costs_no_result():
+    program = (
+        "from rich.console import Console\n"
+        "from experiments.runtime import exit_with\n"
+        "def main():\n"
+        "    Console().print('γ 5')\n"
+        "    print('×', 2)\n"
+        "    return 0\n"
+        "exit_with(main)\n"
+    )
+    done = run(program, PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "? 5\n? 2\n", "")

@@ -256,6 +256,11 @@ def test_bad_input(make: Any, message: str):
         make()
 
 
+def test_a_file_may_not_be_a_new_folder(tmp_path):
+    with pytest.raises(ValueError, match="output must be a file, got the folder"):
+        compare_costs.main(["--output", str(tmp_path / "new" / "..")])
+
+
 def test_costs_are_compared(tmp_path):
     output = tmp_path / "costs.json"
     arguments = ["--dim", "32", "--depth", "2", "--gammas", "1", "2", "--repeats", "1", "--max-new-tokens", "8"]
