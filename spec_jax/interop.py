@@ -46,8 +46,8 @@ def decoder_from_torch(state_dict: Mapping[str, ArrayLike], **constructor_args: 
       The same function of the tokens.
 
     Raises:
-      ValueError: an unknown argument; weights that are missing, left over, of another shape or not floating
-        point.
+      ValueError: an unknown argument; no mapping, or weights that are missing, left over, of another shape or not
+        floating point.
     """
     decoder = nnx.eval_shape(lambda: Decoder(_config(constructor_args), rngs=nnx.Rngs(0)))
     return _load(decoder, torch_names(decoder.config), state_dict)
@@ -107,12 +107,14 @@ def pair_torch_names(pair: ModelWithProphet) -> dict[str, str]:
 def decoder_to_torch(decoder: Decoder) -> dict[str, np.ndarray]:
     """The weights of a decoder under the original's names and in its layout: the inverse of `decoder_from_torch`.
 
-    They are float32, whatever dtype the decoder computes in.
+    They are float32, whatever dtypes the decoder computes in and its weights have.
 
     Raises:
-      ValueError: a decoder that the original cannot be: with fewer key-value heads than heads, recycling, other rotary
-        frequencies or another norm than there, or feed-forward layers of the caller's.
+      ValueError: something else than a decoder, or one that the original cannot be: with fewer key-value heads than
+        heads, recycling, other rotary frequencies or another norm than there, or feed-forward layers of the caller's.
     """
+    if not isinstance(decoder, Decoder):
+        raise ValueError(f"decoder must be a Decoder, got {type(decoder).__name__}")
     config = decoder.config
     if config.num_kv_heads != config.heads:
         raise ValueError(f"decoder must have as many kv_heads as heads, {config.heads}, got {config.kv_heads}")
@@ -128,7 +130,7 @@ def decoder_to_torch(decoder: Decoder) -> dict[str, np.ndarray]:
         raise ValueError(f"decoder must have the feed-forward layers of its config, got others: {', '.join(other)}")
     names, weights = torch_names(config), {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(decoder):
-        value = np.asarray(leaf)
+        value = np.asarray(leaf, np.float32)
         weights[names[_name(path)]] = value.T if _name(path).endswith(".kernel") else value
     return weights
 
@@ -177,6 +179,8 @@ def _config(constructor_args: Mapping[str, Any]) -> DecoderConfig:
 
 def _load(model: Any, names: Mapping[str, str], state_dict: Mapping[str, ArrayLike]) -> Any:
     """The module with the weights filled in; `names` may name more than it has."""
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(f"state_dict must map names to arrays, got {type(state_dict).__name__}")
     named = {str(name): value for name, value in state_dict.items()}
     given = {name: _as_numpy(name, value) for name, value in named.items() if not name.endswith(_IGNORED)}
     paths, structure = jax.tree_util.tree_flatten_with_path(model)

@@ -71,10 +71,10 @@ def distillation_loss(
         _counted_logits(jax.lax.stop_gradient(target_logits_btv), mask_bt), axis=-1
     )
     draft_log_probs_btv = jax.nn.log_softmax(_counted_logits(draft_logits_btv, mask_bt), axis=-1)
+    target_probs_btv = jnp.exp(target_log_probs_btv)
     # What is impossible adds nothing, however impossible it is to the draft.
-    possible_btv = target_log_probs_btv != -jnp.inf
-    difference_btv = jnp.where(possible_btv, target_log_probs_btv - draft_log_probs_btv, 0.0)
-    return _counted_mean((jnp.exp(target_log_probs_btv) * difference_btv).sum(-1), mask_bt)
+    difference_btv = jnp.where(target_probs_btv > 0, target_log_probs_btv - draft_log_probs_btv, 0.0)
+    return _counted_mean((target_probs_btv * difference_btv).sum(-1), mask_bt)
 
 
 def early_exit_logits(

@@ -192,3 +192,13 @@ def test_feed_forward_layers_of_the_same_weights_are_not_written_either(exit_lay
 def test_weights_of_half_precision_become_float32():
     decoder = decoder_from_torch({name: value.astype(np.float16) for name, value in STATE.items()}, **ARGUMENTS)
     assert {leaf.dtype for leaf in jax.tree.leaves(decoder)} == {jnp.dtype(jnp.float32)}
+    written = decoder_to_torch(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), decoder))
+    assert {value.dtype for value in written.values()} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize("other", [None, list(STATE.items())])
+def test_what_is_neither_weights_nor_a_decoder(other: Any):
+    with pytest.raises(ValueError, match=r"state_dict must map names to arrays, got (NoneType|list)"):
+        decoder_from_torch(other, **ARGUMENTS)
+    with pytest.raises(ValueError, match=r"decoder must be a Decoder, got (NoneType|list)"):
+        decoder_to_torch(other)

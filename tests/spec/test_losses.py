@@ -35,10 +35,11 @@ def test_distillation_by_hand():
         distillation_loss(draft, target[:, :1])
 
 
+@pytest.mark.parametrize("ruled_out", [-np.inf, -1e9, -200.0])
 @pytest.mark.parametrize("draft", [[0.0, 0.5, -jnp.inf], [0.0, 0.5, 0.2]])
-def test_distillation_of_what_the_target_rules_out(draft: list[float]):
-    """0 · log 0 is 0, in the value and its gradient."""
-    draft_1v, target_1v = (np.array([[logits]], np.float32) for logits in (draft, [0.0, 1.0, -np.inf]))
+def test_distillation_of_what_the_target_rules_out(draft: list[float], ruled_out: float):
+    """0 · log 0 is 0, in the value and its gradient; 0 is what a float32 takes for it, too."""
+    draft_1v, target_1v = (np.array([[logits]], np.float32) for logits in (draft, [0.0, 1.0, ruled_out]))
     probs, target = (np.exp(logits[0, 0]) / np.exp(logits).sum() for logits in (draft_1v, target_1v))
     value, gradient = jax.value_and_grad(distillation_loss)(draft_1v, target_1v)
     np.testing.assert_allclose(value, (target[:2] * np.log(target[:2] / probs[:2])).sum(), rtol=1e-5)
