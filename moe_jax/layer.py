@@ -329,7 +329,7 @@ def check_call(config: MoEConfig, x: jax.Array, mask: jax.Array | None, *, train
 def _places(x: jax.Array) -> MoEOutput:
     """How what a layer makes of `x` is split over Explicit axes: outputs as `x` is, all else not."""
     places: dict[str, Any] = {field.name: P() for field in dataclasses.fields(MoEOutput)}
-    places["outputs"] = P(*jax.typeof(x).sharding.spec)
+    places["outputs"] = P(*jax.typeof(x).sharding.spec.partitions)
     return MoEOutput(**places)
 
 

@@ -115,7 +115,7 @@ def with_auto_axes(call: Callable[..., Any], places: Any, *arguments: Any) -> An
         within: Any = jax.sharding.auto_axes(call, axes=axes, out_sharding=places)
         return within(*jax.tree.map(_no_longer_reduced, arguments))
     for leaf in jax.tree.leaves(arguments):
-        if any(jax.typeof(leaf).sharding.spec):
+        if any(jax.typeof(leaf).sharding.spec.partitions):
             raise ValueError(
                 "the mesh of arrays that are split over Explicit axes must be that of jax.set_mesh, got "
                 f"{jax.typeof(leaf)} without"
@@ -126,7 +126,7 @@ def with_auto_axes(call: Callable[..., Any], places: Any, *arguments: Any) -> An
 def _no_longer_reduced(x: jax.Array) -> jax.Array:
     """JAX 0.10.2 forgets what is reduced where Explicit axes become Auto: gradients could be summed twice."""
     spec = jax.typeof(x).sharding.spec
-    return jax.reshard(x, P(*spec)) if spec.reduced else x
+    return jax.reshard(x, P(*spec.partitions)) if spec.reduced else x
 
 
 def mix_over_mesh(

@@ -29,7 +29,8 @@ class ProphetModel(nnx.Module):
         if decoder.early_exit is not None:
             raise ValueError("prophet must be a Decoder without an early exit, got one with it")
         self.decoder = decoder
-        self.num_leading_start_tokens = num_leading_start_tokens
+        # NumPy's integers promote what they meet, and narrow ones overflow.
+        self.num_leading_start_tokens = int(num_leading_start_tokens)
         dim, dtype = decoder.config.dim, jnp.dtype(decoder.config.dtype)
         self.project = (
             None if dim == target_dim else nnx.Linear(target_dim, dim, use_bias=False, dtype=dtype, rngs=rngs)
@@ -110,7 +111,7 @@ class ModelWithProphet(nnx.Module):
             )
         self.target = target
         self.prophet = prophet
-        self.prophet_train_length = prophet_train_length
+        self.prophet_train_length = int(prophet_train_length)
         self.detach_target_hiddens = detach_target_hiddens
 
     def __call__(self, tokens_bt: jax.Array) -> PairOutput:

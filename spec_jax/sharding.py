@@ -129,7 +129,7 @@ def _rows_constrained(x: jax.Array) -> jax.Array:
 
 
 def _check_not_split(x: Any) -> None:
-    if isinstance(x, jax.Array) and any(jax.typeof(x).sharding.spec):
+    if isinstance(x, jax.Array) and any(jax.typeof(x).sharding.spec.partitions):
         raise ValueError(
             "the mesh of arrays that are split over Explicit axes must be that of jax.set_mesh, got "
             f"{jax.typeof(x)} without"
@@ -140,7 +140,7 @@ def _no_longer_reduced(x: Any) -> Any:
     """JAX 0.10.2 forgets what is reduced where Explicit axes become Auto: gradients could be summed twice."""
     if not isinstance(x, jax.Array) or not (spec := jax.typeof(x).sharding.spec).reduced:
         return x
-    return jax.reshard(x, PartitionSpec(*spec))
+    return jax.reshard(x, PartitionSpec(*spec.partitions))
 
 
 def _of_auto_axes(x: Any) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from spec_jax import ModelWithProphet, Prophet
+from spec_jax import ModelWithProphet, Prophet, speculative_decoding
 from spec_jax.drafters.base import Sequence
 from spec_jax.losses import next_token_loss, prophet_distillation_loss, prophet_losses
 from tests.spec.strategies import drafting_what_is_there, random_pair
@@ -180,6 +180,21 @@ def test_a_prophet_as_wide_as_the_target_starts_from_the_states_as_they_are():
 def test_a_sequence_as_long_as_a_window_is_one():
     pair = random_pair(CONFIG, prophet_train_length=6)
     assert pair(jnp.asarray(TOKENS[:, :6])).prophet_logits.shape == (3, 1, 5, CONFIG.vocab_size)
+
+
+def test_lengths_of_numpy_are_those_of_python():
+    """An int64 would be promoted by what it meets, and an int8 cannot hold where windows start."""
+    results = []
+    for starts, train_length in ((2, 8), (np.int64(2), np.int8(8))):
+        pair = random_pair(CONFIG, num_leading_start_tokens=starts, prophet_train_length=train_length)
+        tokens = jnp.zeros((1, 200), jnp.int32)
+        losses = prophet_losses(pair, pair(tokens), tokens)
+        with jax.enable_x64(True):
+            decoded = speculative_decoding(
+                pair.target, Prophet(pair, gamma=2), np.zeros((2, 3), int), max_new_tokens=4, key=jax.random.key(0)
+            )
+        results.append((losses, decoded.tokens))
+    jax.tree.map(np.testing.assert_array_equal, *results)
 
 
 def test_tokens_and_masks_of_numpy_in_a_program():
