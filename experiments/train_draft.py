@@ -53,7 +53,7 @@ class TrainDraftConfig(DecodingRunConfig):
 
 PRESETS: dict[str, tuple[str, TrainDraftConfig]] = {
     "cpu": (
-        "A small pair on the standard library's source: three to eight minutes on two cores.",
+        "A small pair on the standard library's source: two to eight minutes on two cores.",
         TrainDraftConfig(
             output=pathlib.Path("runs/cpu"),
             # A target that does not fit a CPU's last cache: decoding is then bound by reading its weights, as it is
