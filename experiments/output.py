@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import json
 import pathlib
@@ -13,6 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from experiments import checkpoints, metrics
+from experiments.locks import locked
 
 REPORT = "report.json"
 LOSS_FIGURE, ACCEPTANCE_FIGURE, SPEEDUP_FIGURE = "loss.png", "acceptance.png", "speedup.png"
@@ -61,21 +63,38 @@ def make_folder_of(file: pathlib.Path) -> None:
         raise ValueError(f"output must be a file, got the folder {file}")
 
 
-def prepare_output(output: pathlib.Path, *, resume: bool, overwrite: bool) -> None:
+def prepare_output(
+    output: pathlib.Path, *, resume: bool, overwrite: bool, held: contextlib.ExitStack | None = None
+) -> None:
     """Makes the folder and empties it of an old run where asked to.
+
+    Args:
+      output: the folder.
+      resume: whether it holds a run that is to go on.
+      overwrite: whether the run that it may hold is to be deleted.
+      held: keeps other processes from the folder until it is closed; None keeps nobody.
 
     Raises:
       ValueError: it cannot be written, or Orbax takes its path for a pattern; it holds a run and neither `resume` nor
-        `overwrite` is given; or there is nothing to resume, or no more than the checkpoints of a run.
+        `overwrite` is given; there is nothing to resume, or no more than the checkpoints of a run; or another process
+        holds it.
     """
     if not all(fnmatch.fnmatchcase(name, name) for name in output.absolute().parts):
         # It looks for its own files by the path as a pattern, finds none, and what it has written cannot be read.
         raise ValueError(f"output must have no [...] in its absolute path, where Orbax writes, got {output.absolute()}")
+    if not resume:
+        make_folder(output)
+    if held is not None and output.is_dir():
+
+        def busy() -> None:
+            raise ValueError(f"output must be a folder that no other process writes to, got {output}, where one trains")
+
+        held.enter_context(locked(output, busy))
     if resume:
         # Before the folder is made: one that is not there is not left behind.
         _check_run(output)
-    make_folder(output)
-    if not resume:
+        make_folder(output)
+    else:
         _delete_run(output, overwrite=overwrite)
 
 

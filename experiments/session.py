@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -121,53 +122,55 @@ def run(config: RunConfig, task: Task, console: Console | None = None, *, go_on:
     template = state_template(config, task, mesh)
     if task.origin is not None and not config.resume:
         _check_origin(task.origin, config)
-    # A run is read by all processes or none: Orbax lets those that open checkpoints wait for each other.
-    if first_process or config.resume:
-        prepare_output(config.output, resume=config.resume, overwrite=config.overwrite)
-    if first_process and not config.resume:
-        write_configuration(config.output, configuration)
-    if config.resume:
-        # Refused before the log is cut and before temporary folders of the old run are swept up.
-        with open_run(config.output) as checkpoints:
-            step = checkpoints.require_latest()
-            checkpoints.check(step, configuration)
-        _check_steps(step, config)
-    _wait_for_all("output")
+    with contextlib.ExitStack() as folder:
+        # A run is read by all processes or none: Orbax lets those that open checkpoints wait for each other.
+        if first_process or config.resume:
+            held = folder if first_process else None
+            prepare_output(config.output, resume=config.resume, overwrite=config.overwrite, held=held)
+        if first_process and not config.resume:
+            write_configuration(config.output, configuration)
+        if config.resume:
+            # Refused before the log is cut and before temporary folders of the old run are swept up.
+            with open_run(config.output) as checkpoints:
+                step = checkpoints.require_latest()
+                checkpoints.check(step, configuration)
+            _check_steps(step, config)
+        _wait_for_all("output")
 
-    def on_sample(models: Models, done: int) -> None:
-        copies = local_copy(models, mesh)
-        if first_process:
-            task.on_sample(copies, text, done, console)
+        def on_sample(models: Models, done: int) -> None:
+            copies = local_copy(models, mesh)
+            if first_process:
+                task.on_sample(copies, text, done, console)
 
-    job = Job(
-        config=config,
-        configuration=configuration,
-        text=text,
-        mesh=mesh,
-        loss_fn=task.loss_fn,
-        main_loss=task.main_loss,
-        on_sample=on_sample,
-        validation_loss_fn=task.validation_loss_fn,
-        validate_first=task.origin is not None,
-    )
-    about = f"{task.kind} on {text.description} ({len(text):,} bytes), output in {config.output}"
-    print_with_paths(console, about)
-    with StopRequest(console) as stop:
-        state = _train(job, task, template, console, stop)
-    # A signal from here on has its usual effect.
-    if stop.agreed() is not None:
-        console.print(f"[yellow]Stopped after step {int(state.step):,}; go on with {go_on}.")
-        return stop.exit_code
-    if config.report:
-        copies = local_copy(state.models, mesh)
-        if first_process:
-            try:
-                task.on_report(copies, text, console, configuration)
-            except KeyboardInterrupt:
-                console.print(f"[yellow]Stopped before the end of the report; make it with {go_on}.")
-                raise
-    _wait_for_all("report")
-    return 0
+        job = Job(
+            config=config,
+            configuration=configuration,
+            text=text,
+            mesh=mesh,
+            loss_fn=task.loss_fn,
+            main_loss=task.main_loss,
+            on_sample=on_sample,
+            validation_loss_fn=task.validation_loss_fn,
+            validate_first=task.origin is not None,
+        )
+        about = f"{task.kind} on {text.description} ({len(text):,} bytes), output in {config.output}"
+        print_with_paths(console, about)
+        with StopRequest(console) as stop:
+            state = _train(job, task, template, console, stop)
+        # A signal from here on has its usual effect.
+        if stop.agreed() is not None:
+            console.print(f"[yellow]Stopped after step {int(state.step):,}; go on with {go_on}.")
+            return stop.exit_code
+        if config.report:
+            copies = local_copy(state.models, mesh)
+            if first_process:
+                try:
+                    task.on_report(copies, text, console, configuration)
+                except KeyboardInterrupt:
+                    console.print(f"[yellow]Stopped before the end of the report; make it with {go_on}.")
+                    raise
+        _wait_for_all("report")
+        return 0
 
 
 def finish(config: RunConfig, task: Task, console: Console) -> int:

@@ -114,8 +114,8 @@ def _write_zip(path: pathlib.Path, sources: list[pathlib.Path], out: BinaryIO) -
                 if not member.is_dir() and not any(part.startswith(".") for part in member.filename.split("/"))
             ]
             _write_texts((archive.open(m) for m in sorted(visible, key=lambda member: member.filename)), out)
-    # RuntimeError is how zipfile says that a member is encrypted.
-    except (zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, NotImplementedError, RuntimeError) as error:
+    # RuntimeError is how zipfile says that a member is encrypted; one of its kinds, that it is packed in another way.
+    except (zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError, RuntimeError) as error:
         raise ValueError(f"data must be a whole zip file without a password, got {str(path)!r}: {error}") from error
 
 

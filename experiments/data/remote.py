@@ -11,7 +11,7 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from email.message import Message
 from typing import IO
 
@@ -26,6 +26,7 @@ from rich.progress import (
 )
 
 from experiments.data.cache import CACHE_VARIABLE, new_file, writing
+from experiments.locks import locked
 
 CHUNK_BYTES = 1 << 18
 TIMEOUT_S = 30.0
@@ -96,7 +97,11 @@ def fetch(remote: RemoteFile, cache: pathlib.Path, *, attempts: int = 5, first_w
     target = cache / remote.name
     if not _difference(remote, target):
         return target
-    with writing(cache), _lock(cache / f"{remote.name}.lock"):
+
+    def wait() -> None:
+        Console(stderr=True).print(f"waiting for another process that downloads to {cache}")
+
+    with writing(cache), locked(cache / f"{remote.name}.lock", wait):
         if not _difference(remote, target):
             return target
         try:
@@ -258,24 +263,3 @@ def _by_hand(remote: RemoteFile, cache: pathlib.Path, reason: str) -> str:
     if archive.exists():
         lines.append(f"The archive that lies at {archive} is damaged or another one.")
     return "\n".join(lines)
-
-
-@contextlib.contextmanager
-def _lock(path: pathlib.Path) -> Iterator[None]:
-    """Lets one process at a time past, and frees the place when a process dies."""
-    try:
-        import fcntl
-    except ImportError:
-        # Windows: without the lock two downloads at once could spoil each other; the checksum would tell.
-        yield
-        return
-    with path.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            Console(stderr=True).print(f"waiting for another process that downloads to {path.parent}")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            # A file system without locks; as on Windows, the checksum still guards the result.
-            pass
-        yield

@@ -52,6 +52,13 @@ def write_zip(path, members, how=zipfile.ZIP_DEFLATED):
     return path
 
 
+def write_misnamed(folder):
+    """A zip file whose member's name is said to be UTF-8 and is not."""
+    path = write_zip(folder / "x.zip", {"ä": PLAIN})
+    path.write_bytes(path.read_bytes().replace("ä".encode(), b"\xff\xff"))
+    return path
+
+
 def write_damaged(path, how):
     """A zip file with a byte in the middle of its only member changed."""
     contents = bytearray(write_zip(path, {"a": PLAIN}, how).read_bytes())
@@ -282,6 +289,7 @@ BAD = {
     "cut gzip": (lambda p: write(p / "x.gz", gzip.compress(PLAIN)[:-9]), "must be a whole gzip file"),
     "no zip": (lambda p: write(p / "x.zip"), "must be a whole zip file without a password, got '.*x.zip'"),
     "damaged lzma": (lambda p: write_damaged(p / "x.zip", zipfile.ZIP_LZMA), "must be a whole zip file .*x.zip"),
+    "zip with a name of no letters": (write_misnamed, "must be a whole zip file .*x.zip"),
     "empty zip": (lambda p: write_zip(p / "x.zip", {}), "data must hold text"),
     "tar": (lambda p: write_gzip(p / "x.tar.gz"), "got '.*x.tar.gz': unpack it, give the folder"),
 }

@@ -20,7 +20,7 @@ from experiments.data import load_text, validation_batches
 from experiments.generate import load_run
 from experiments.metrics import Metrics, read_metrics
 from experiments.output import CONFIGURATION, prepare_output, read_configuration, write_configuration
-from tests.experiments.runs import tiny_config, train
+from tests.experiments.runs import steps_kept, tiny_config, train
 
 
 def test_pauses_are_not_timed(monkeypatch: pytest.MonkeyPatch):
@@ -185,6 +185,23 @@ def test_a_run_without_a_checkpoint_begins_anew(tmp_path):
     write_configuration(tmp_path, {"seed": 3})
     with pytest.raises(ValueError, match=f"{message}.*: that run ended before its first, begin anew with --overwrite"):
         prepare_output(tmp_path, resume=True, overwrite=False)
+
+
+def test_a_folder_is_one_process_own_while_it_trains(tmp_path):
+    """Neither gone on with nor overwritten by another, which is told so before anything of it is touched."""
+    config = tiny_config(tmp_path, steps=2, schedule="constant", sample_every=1)
+    refused = []
+
+    def on_sample(models: Any, text: Any, done: int, console: Any) -> None:
+        for changes in ({"overwrite": True}, {"resume": True}):
+            with pytest.raises(ValueError, match=r"output must be a folder that no other process writes to, got .*run"):
+                train(dataclasses.replace(config, **changes))
+            refused.append(done)
+
+    train(config, dataclasses.replace(train_draft.task(config), on_sample=on_sample))
+    assert refused == [1, 1, 2, 2]
+    train(dataclasses.replace(config, steps=3, resume=True))
+    assert steps_kept(config)[-1] == 3
 
 
 def test_a_configuration_that_a_kill_cut_off_is_none(tmp_path):

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import nnx, struct
 
 from spec_jax import LayerSkip, NGram, Sampling, SmallModel, base_decoding, speculative_decoding, stream
 from spec_jax import decoding as decoding_module
-from tests.spec.toys import random_toy
+from tests.spec.toys import Toy, random_toy
 
 TARGET, DRAFT = random_toy(0, 4), random_toy(1, 4)
 PROMPT = [[1, 2, 3], [0, 3, 1]]
@@ -33,6 +33,12 @@ OF_EVERY_DECODING: list[tuple[dict[str, Any], str]] = [
     ({"prompt": [[0.5, 1.0]]}, "prompt must be (B, P) integers, got (1, 2) float64"),
     ({"prompt": [[True, False]]}, "prompt must be (B, P) integers, got (1, 2) bool"),
     ({"prompt": [[1, 2], [1, 4]]}, "prompt must hold tokens in [0, 4), got 4 at row 1, position 1"),
+    ({"prompt_length": [True, True]}, "prompt_length must be (2,) integers, got (2,) bool"),
+    ({"eos_id": True}, "eos_id must be"),
+    ({"pad_id": -(2**31) - 1}, "pad_id must be a Python integer of 32 bits, got -2147483649"),
+    (sampled(top_k=-0.5), "top_k as a fraction must be in [0, 1), got -0.5"),
+    (sampled(top_k=np.int64(0)), "top_k must be at least 1, got 0"),
+    (sampled(temperature=np.ones(1)), "temperature must be a finite number >= 0, got"),
     ({"prompt": [[1, -1]]}, "prompt must hold tokens in [0, 4), got -1 at row 0, position 1"),
     ({"prompt": jnp.full((1, 2), 200, jnp.uint8)}, "prompt must hold tokens in [0, 4), got 200 at row 0, position 0"),
     ({"prompt": [[1, 2], [1]]}, "prompt must be one rectangular array, padded where rows are shorter"),
@@ -106,6 +112,7 @@ class Undecorated(NGram):
 OF_SPECULATIVE_DECODING: list[tuple[dict[str, Any], str]] = [
     ({"drafter": SmallModel(DRAFT, gamma=-1)}, "gamma must be an integer >= 0, got -1"),
     ({"drafter": SmallModel(DRAFT, gamma=2.5)}, "gamma must be an integer >= 0, got 2.5"),  # pyright: ignore
+    ({"drafter": SmallModel(DRAFT, gamma=True)}, "gamma must be an integer >= 0, got True"),
     (
         {"drafter": SmallModel(random_toy(1, 3))},
         "drafter must have the target's vocabulary of 4 tokens, got 3",
@@ -253,3 +260,31 @@ def test_numbers_that_are_traced(name: str):
 
     with pytest.raises(ValueError, match=f"{name} must be known on the host: only weights, .* may be traced, got"):
         jax.jit(decode)(1)
+
+
+def test_a_stream_knows_all_on_the_host():
+    """What is traced is named, be it in the drafter or in how to sample."""
+    known = good()
+
+    def with_drafter(draft: Toy) -> None:
+        stream(TARGET, SmallModel(draft), **known)
+
+    def with_sampling(temperature: jax.Array) -> None:
+        stream(TARGET, None, **known, sampling=Sampling(temperature=temperature))
+
+    for name, function, argument in (("drafter", with_drafter, DRAFT), ("sampling", with_sampling, 1.0)):
+        with pytest.raises(ValueError, match=f"{name} must be known on the host, where a stream"):
+            jax.jit(function)(argument)
+
+
+@pytest.mark.parametrize("missing", ["vocab_size", "init_cache", "__call__"])
+def test_a_target_without_a_part_of_a_model(missing: str):
+    parts = {
+        "__annotations__": {"table": jax.Array},
+        "vocab_size": 4,
+        "init_cache": lambda self, batch, size: TARGET.init_cache(batch, size),
+        "__call__": lambda self, tokens, cache=None: TARGET(tokens, cache),
+    }
+    kind: Any = struct.dataclass(type("Partial", (), {name: part for name, part in parts.items() if name != missing}))
+    with pytest.raises(ValueError, match="target must be a model"):
+        base_decoding(kind(TARGET.table), **good())

@@ -92,3 +92,9 @@ def test_lengths_stay_and_other_layers_too():
     assert float(after.keys[0].sum()) == 0
     assert after.keys[1][:, 0, :, 0].tolist() == [[1, 0, 0], [1, 0, 0]]
     assert after.keys[1].dtype == jnp.bfloat16
+
+
+def test_lengths_are_int32_whatever_is_given():
+    with jax.enable_x64(True):
+        cache = KVCache.create(batch=2, size=2, layers=1, kv_heads=1, dim_head=2)
+        assert cache.with_length(jnp.array([1, 2])).length_b.dtype == jnp.int32

@@ -285,3 +285,37 @@ def test_rotary_base():
     angle_h = 3 * 100.0 ** -(np.arange(8) / 8)
     np.testing.assert_allclose(cosine.ravel(), np.cos(angle_h), atol=1e-6)
     np.testing.assert_allclose(sine.ravel(), np.sin(angle_h), atol=1e-6)
+
+
+def test_defaults_are_the_originals():
+    config = DecoderConfig()
+    sizes = (config.vocab_size, config.dim, config.depth, config.heads, config.dim_head, config.ff_mult)
+    assert sizes == (256, 512, 10, 8, 64, 4)
+
+
+def test_rotary_angles_of_far_positions():
+    """Beyond what bfloat16 counts to."""
+    _, sine = rotary_angles(jnp.array([[1001]]), CONFIG)
+    np.testing.assert_allclose(sine.ravel(), np.sin(1001 * 10_000.0 ** -(np.arange(8) / 8)), atol=1e-3)
+
+
+def test_bfloat16_is_rotated_in_float32():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 1, 2, 16)), jnp.bfloat16)
+    rotary = rotary_angles(jnp.full((1, 1), 1000), CONFIG)
+    np.testing.assert_array_equal(rotate(x, rotary), rotate(x.astype(jnp.float32), rotary).astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"rotary_base": float("inf")}, "^rotary_base must be"),
+        ({"norm_epsilon": float("inf")}, "^norm_epsilon must be"),
+        ({"ff_mult": 0}, "^ff_mult must be"),
+        ({"heads": 0}, "^heads must be"),
+        ({"dim_head": 0}, "^dim_head must be"),
+        ({"detach_early_exit_hiddens": True}, "^detach_early_exit_hiddens must not be set without"),
+    ],
+)
+def test_sizes_that_no_decoder_has(changed: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        DecoderConfig(**changed)

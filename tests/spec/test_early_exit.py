@@ -294,3 +294,19 @@ def test_a_factory_of_feed_forwards_can_tell_the_exits_blocks_from_the_trunks():
     config = DecoderConfig(dim=8, depth=3, heads=1, dim_head=4, early_exit_layer=2, early_exit_extra_blocks=2)
     Decoder(config, rngs=nnx.Rngs(0), feed_forward=factory)
     assert layers == [0, 1, 2, 3, 4]
+
+
+def test_the_place_of_the_rounds_is_of_the_key():
+    decoder = transformer(0, dataclasses.replace(CONFIG, early_exit_layer=1, early_exit_recycling=4))
+    tokens = jnp.ones((1, 12), jnp.int32)
+    first, *others = (np.asarray(early_exit_logits(decoder, tokens, key=jax.random.key(seed))[1]) for seed in range(6))
+    assert any((other != first).any() for other in others)
+
+
+def test_an_exit_without_layers_has_no_cache_and_one_with_recycling_wants_states():
+    plain = transformer(0, dataclasses.replace(CONFIG, early_exit_layer=1))
+    assert plain.init_exit_cache(1, 4) is None
+    recycling = transformer(0, dataclasses.replace(CONFIG, early_exit_layer=1, early_exit_recycling=2))
+    assert recycling.early_exit is not None
+    with pytest.raises(ValueError, match="recycled must be given"):
+        recycling.early_exit(jnp.zeros((1, 2, CONFIG.dim)))

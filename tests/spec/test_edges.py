@@ -270,3 +270,18 @@ def test_an_identical_draft_is_accepted_beyond_the_width_of_the_prompts():
     drafter = SmallModel(target, gamma=3)
     result = speculative_decoding(target, drafter, [[1, 2]], max_new_tokens=100, key=jax.random.key(1))
     assert result.rounds.tolist() == [25]
+
+
+def test_a_cache_of_the_least_size_is_enough():
+    """Which is less than the next multiple of 64."""
+    shared: dict[str, Any] = {"prompt": [[1, 2, 3], [0, 3, 1]], "max_new_tokens": 6, "key": jax.random.key(0)}
+    drafter = SmallModel(DRAFT, gamma=5)
+    least = speculative_decoding(TARGET, drafter, **shared, cache_size=3 + 6 + 5 + 1)
+    np.testing.assert_array_equal(least.tokens, speculative_decoding(TARGET, drafter, **shared).tokens)
+
+
+def test_padding_is_0_unless_said():
+    cycle = deterministic_toy([1, 2, 3, 0])
+    shared: dict[str, Any] = {"max_new_tokens": 4, "key": jax.random.key(0), "eos_id": 1}
+    for result in (base_decoding(cycle, [[0]], **shared), speculative_decoding(cycle, NGram(), [[0]], **shared)):
+        assert result.tokens.tolist() == [[1, 0, 0, 0]]

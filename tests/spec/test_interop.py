@@ -202,3 +202,9 @@ def test_what_is_neither_weights_nor_a_decoder(other: Any):
         decoder_from_torch(other, **ARGUMENTS)
     with pytest.raises(ValueError, match=r"decoder must be a Decoder, got (NoneType|list)"):
         decoder_to_torch(other)
+
+
+def test_weights_of_integers_are_refused():
+    name = "layers.1.0.to_out.weight"
+    with pytest.raises(ValueError, match="must be floating point, got int64"):
+        decoder_from_torch(STATE | {name: np.zeros(STATE[name].shape, int)}, **ARGUMENTS)

@@ -159,3 +159,18 @@ def test_distillation_of_bfloat16_logits_is_float32():
     loss = distillation_loss(*rounded)
     assert loss.dtype == jnp.float32
     np.testing.assert_allclose(loss, distillation_loss(*(x.astype(jnp.float32) for x in rounded)), rtol=1e-6)
+
+
+def test_more_positions_than_a_byte_counts():
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(3, 100, 7)), jnp.float32)
+    tokens = jnp.zeros((3, 100), jnp.int32)
+    masked = next_token_loss(logits, tokens, mask_bt=jnp.ones((3, 100), bool))
+    np.testing.assert_allclose(masked, next_token_loss(logits, tokens), rtol=1e-5)
+
+
+def test_shapes_and_masks_that_are_none():
+    logits, tokens = jnp.zeros((3, 5, 7)), jnp.zeros((3, 5), jnp.int32)
+    with pytest.raises(ValueError, match=r"mask must be \(3, 5\) booleans, got \(3, 5\) int32"):
+        next_token_loss(logits, tokens, mask_bt=tokens)
+    with pytest.raises(ValueError, match=r"must be \(B, T, V\) alike"):
+        distillation_loss(logits[0], logits[0])

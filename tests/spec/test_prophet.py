@@ -231,3 +231,25 @@ def test_bad_input():
     pair = random_pair(CONFIG, num_leading_start_tokens=3)
     with pytest.raises(ValueError, match="prophet_train_length must be above num_leading_start_tokens = 3, got 3"):
         ModelWithProphet(pair.target, pair.prophet, prophet_train_length=3)
+
+
+def test_what_no_pair_is_made_of():
+    with_exit = transformer(0, dataclasses.replace(CONFIG, early_exit_layer=1))
+    with pytest.raises(ValueError, match="prophet must be a Decoder without an early exit"):
+        ModelWithProphet(transformer(0), with_exit, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="rngs must be given"):
+        ModelWithProphet(transformer(0), transformer(1))
+
+
+def test_defaults():
+    pair = ModelWithProphet(transformer(0), transformer(1), rngs=nnx.Rngs(0))
+    options = (pair.prophet_train_length, pair.prophet.num_leading_start_tokens, pair.detach_target_hiddens)
+    assert options == (8, 1, False)
+
+
+@pytest.mark.mixed_dtypes
+def test_a_bfloat16_prophet_of_a_float32_target_computes_in_bfloat16():
+    small = transformer(1, dataclasses.replace(CONFIG, dtype="bfloat16"))
+    pair = ModelWithProphet(transformer(0), small, rngs=nnx.Rngs(0))
+    inputs = pair.prophet.embed(jnp.ones((1, 1, CONFIG.dim)), jnp.zeros((1, 2), jnp.int32))
+    assert inputs.dtype == jnp.bfloat16

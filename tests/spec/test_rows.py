@@ -175,3 +175,21 @@ def test_keys_of_the_old_style_are_the_new_ones():
     keys = jax.random.PRNGKey(7), jax.random.key(7), jax.random.PRNGKey(8)
     tokens = [base_decoding(random_toy(0, 4), [[1]], max_new_tokens=20, key=key).tokens.tolist() for key in keys]
     assert tokens[0] == tokens[1] != tokens[2]
+
+
+def drawn(key: jax.Array, row_ids: list[int]) -> set[tuple[int, ...]]:
+    """What rows that are alike but for their numbers become."""
+    prompt = [[1]] * len(row_ids)
+    tokens = base_decoding(random_toy(0, 4), prompt, max_new_tokens=20, key=key, row_ids=row_ids).tokens
+    return {tuple(row) for row in tokens.tolist()}
+
+
+def test_all_bits_of_a_rows_number_count():
+    assert len(drawn(jax.random.key(0), [1, 65537, 1 + 2**31])) == 3
+
+
+def test_all_words_of_a_key_count():
+    """Of a generator with four of them."""
+    words = np.vstack((np.zeros(4), np.eye(4))).astype(np.uint32)
+    keys = [jax.random.wrap_key_data(jnp.asarray(one), impl="rbg") for one in words]
+    assert len(set.union(*(drawn(key, [0]) for key in keys))) == 5

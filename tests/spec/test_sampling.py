@@ -235,3 +235,14 @@ def test_scalars_of_numpys_float64(x64: bool):
 def test_top_k_as_an_integer_of_numpy():
     top_k: Any = np.int64(2)
     np.testing.assert_allclose(probs_of(np.log([0.4, 0.3, 0.2, 0.1]), top_k=top_k), [4 / 7, 3 / 7, 0, 0], atol=1e-6)
+
+
+def test_a_fraction_of_tokens_is_taken_as_it_is():
+    """1 − 0.7 is a little more than 0.3 in floating point: of 10 tokens 4 stay, as in the original."""
+    assert np.isfinite(filtered_log_probs(jnp.arange(10.0), Sampling(top_k=0.7).checked())).sum() == 4
+
+
+@pytest.mark.parametrize("logit", [-np.inf, np.nan, np.inf])
+def test_greedy_takes_the_first_of_logits_that_are_no_numbers(logit: float):
+    log_probs = filtered_log_probs(jnp.full(3, logit), Sampling(temperature=0.0).checked())
+    assert log_probs.tolist() == [0, -np.inf, -np.inf]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -29,7 +30,7 @@ from spec_jax import (
 )
 from spec_jax.losses import next_token_loss
 from spec_jax.sharding import decoder_shardings, left_to_compiler, over_rows
-from tests.spec.strategies import NAMES, strategy
+from tests.spec.strategies import NAMES, random_pair, strategy
 from tests.spec.transformers import CONFIG, compare, near, ragged_prompts, transformer
 
 SMALL, GAMMA = "small draft", 3
@@ -306,3 +307,37 @@ def test_rows_under_a_shard_map_are_cut_already():
     with jax.set_mesh(mesh_of({"data": 2})):
         mapped = jax.jit(jax.shard_map(over_rows, in_specs=spec, out_specs=spec))(rows)
     np.testing.assert_array_equal(mapped, rows)
+
+
+def of_two(name: str, kind: AxisType = AxisType.Explicit) -> Mesh:
+    return jax.make_mesh((2,), (name,), axis_types=(kind,), devices=jax.devices()[:2])
+
+
+def test_all_blocks_of_pairs_and_exits_are_split():
+    mesh = of_two("model")
+    pair = decoder_shardings(random_pair(CONFIG), mesh)
+    config = dataclasses.replace(CONFIG, early_exit_layer=1, early_exit_extra_blocks=1)
+    with_exit = decoder_shardings(transformer(0, config), mesh)
+    assert with_exit.early_exit is not None
+    for blocks in (pair.target.blocks, pair.prophet.decoder.blocks, with_exit.early_exit.blocks):
+        assert jax.tree.leaves(blocks[0].attention.to_qkv.kernel)[0].spec == P(None, "model")
+
+
+def test_what_lies_over_explicit_axes_after_the_compiler():
+    """Rows of three axes, if the mesh divides them, and heads of four; not over an axis that is Auto."""
+
+    def spec(mesh: Mesh, shape: tuple[int, ...]) -> P:
+        with jax.set_mesh(mesh):
+            return jax.typeof(jax.jit(left_to_compiler(lambda x: x + 1))(jnp.zeros(shape))).sharding.spec
+
+    assert spec(of_two("data"), (4, 2, 2)) == P("data", None, None)
+    assert spec(of_two("data"), (3, 2, 2)) == P(None, None, None)
+    kinds = (AxisType.Auto, AxisType.Explicit)
+    mixed = jax.make_mesh((2, 2), ("data", "model"), axis_types=kinds, devices=jax.devices()[:4])
+    assert spec(mixed, (4, 2, 2, 2)) == P(None, "model", None, None)
+
+
+def test_an_option_that_is_split_is_found_too():
+    placed = jax.device_put(jnp.zeros((4, 4)), NamedSharding(of_two("model"), P("model")))
+    with pytest.raises(ValueError, match="split over Explicit axes"):
+        left_to_compiler(lambda *, x: x)(x=placed)

@@ -259,3 +259,29 @@ def test_rates_of_calls_under_vmap_are_over_all_their_rows():
     assert result.accepted.tolist() == [[sum(row) for row in call] for call in accepted_nbj.tolist()]
     expected_j = [accepted_nbj[..., j].sum() / drafted_nbj[..., j].sum() for j in range(2)]
     np.testing.assert_allclose(result.acceptance_by_position, expected_j, rtol=1e-6)
+
+
+def test_rates_of_nothing_are_not_numbers():
+    shared: dict[str, Any] = {"key": jax.random.key(0), "max_new_tokens": 1}
+    assert np.isnan(base_decoding(TARGET, [[1]], **shared).acceptance_rate)
+    by_position = speculative_decoding(TARGET, SmallModel(DRAFT, gamma=3), [[1]], **shared).acceptance_by_position
+    assert np.isnan(np.asarray(by_position)[1:]).all()
+
+
+def test_lenience_refuses_less():
+    """Next to nothing with a lenience of next to nothing."""
+    target, draft = random_toy(0, 4), random_toy(1, 4)
+
+    def refused(lenience: float) -> int:
+        return int(
+            speculative_decoding(
+                target,
+                SmallModel(draft, gamma=3),
+                [[1, 2, 3], [0, 3, 1]],
+                max_new_tokens=40,
+                key=jax.random.key(0),
+                lenience=lenience,
+            ).stats.refused_b.sum()
+        )
+
+    assert refused(1.0) > 0 == refused(1e-9)

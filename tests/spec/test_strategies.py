@@ -20,6 +20,7 @@ from spec_jax import (
     NGram,
     Prophet,
     Sampling,
+    SmallModel,
     base_decoding,
     loop,
     speculative_decoding,
@@ -245,3 +246,14 @@ def test_layer_skip_drafts_with_the_thinned_model(attention: tuple[int, ...], fe
     drafted_bjv, thinned_btv = map(np.asarray, drafted_and_thinned(length_b))
     at_bj = length_b[:, None] - 1 + np.arange(3)[None, :]
     np.testing.assert_allclose(drafted_bjv, thinned_btv[np.arange(3)[:, None], at_bj], atol=2e-5)
+
+
+def test_defaults_are_those_of_the_readme():
+    for drafter in (SmallModel(transformer(1)), EarlyExit(), LayerSkip((), ()), Prophet(PAIR)):
+        assert drafter.gamma == 5
+    assert NGram() == NGram(max_ngram=3, gamma=8, min_ngram=2)
+
+
+def test_layers_to_skip_are_no_booleans():
+    with pytest.raises(ValueError, match="skip_attention must hold layers"):
+        speculative_decoding(transformer(0), LayerSkip((True,), ()), [[1]], max_new_tokens=1, key=jax.random.key(0))
