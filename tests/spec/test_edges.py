@@ -21,6 +21,7 @@ from spec_jax import (
     loop,
     speculative_decoding,
 )
+from spec_jax.checks import checked_size
 from spec_jax.drafters.base import Drafter, Proposal, token_by_token
 from tests.spec.toys import Toy, avoiding_toy, deterministic_toy, random_toy
 from tests.spec.transformers import ragged_prompts
@@ -285,3 +286,10 @@ def test_padding_is_0_unless_said():
     shared: dict[str, Any] = {"max_new_tokens": 4, "key": jax.random.key(0), "eos_id": 1}
     for result in (base_decoding(cycle, [[0]], **shared), speculative_decoding(cycle, NGram(), [[0]], **shared)):
         assert result.tokens.tolist() == [[1, 0, 0, 0]]
+
+
+def test_slots_are_a_multiple_of_64():
+    """Prompt and output each are, and what a draft may run past the end is room for on top."""
+    assert checked_size(None, width=64, max_new_tokens=3, gamma=0) == 192
+    assert checked_size(None, width=64, max_new_tokens=64, gamma=63) == 192
+    assert checked_size(None, width=64, max_new_tokens=64, gamma=64) == 256

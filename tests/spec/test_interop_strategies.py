@@ -161,3 +161,9 @@ def test_the_wrappers_arguments_are_kept():
     )
     assert (pair.prophet_train_length, pair.prophet.num_leading_start_tokens) == (9, 3)
     assert pair.detach_target_hiddens
+
+
+def test_a_pair_has_the_defaults_of_one_made_here():
+    pair = pair_from_torch(state(PAIR), model=PAIR_ARGUMENTS["model"], prophet=PAIR_ARGUMENTS["prophet"])
+    options = (pair.prophet_train_length, pair.prophet.num_leading_start_tokens, pair.detach_target_hiddens)
+    assert options == (8, 1, False)

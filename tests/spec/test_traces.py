@@ -51,6 +51,8 @@ SAME_PROGRAM: dict[str, dict[str, Any]] = {
     "end token": {"eos_id": 2},
     "padding token": {"pad_id": -1},
     "max_new_tokens within the bucket": {"max_new_tokens": 50},
+    "the fewest of the bucket": {"max_new_tokens": 1},
+    "the most of the bucket": {"max_new_tokens": 64},
     "row ids": {"row_ids": [8, 3]},
 }
 
