@@ -9,6 +9,7 @@ import pathlib
 import secrets
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -85,17 +86,17 @@ def prepare_output(
     if not resume:
         make_folder(output)
     if held is not None and output.is_dir():
-
-        def busy() -> None:
-            raise ValueError(f"output must be a folder that no other process writes to, got {output}, where one trains")
-
-        held.enter_context(locked(output, busy))
+        held.enter_context(locked(output, partial(_refuse, output)))
     if resume:
         # Before the folder is made: one that is not there is not left behind.
         _check_run(output)
         make_folder(output)
     else:
         _delete_run(output, overwrite=overwrite)
+
+
+def _refuse(output: pathlib.Path) -> None:
+    raise ValueError(f"output must be a folder that no other process writes to, got {output}, where one trains")
 
 
 def _check_run(output: pathlib.Path) -> None:

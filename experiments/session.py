@@ -122,11 +122,16 @@ def run(config: RunConfig, task: Task, console: Console | None = None, *, go_on:
     template = state_template(config, task, mesh)
     if task.origin is not None and not config.resume:
         _check_origin(task.origin, config)
-    with contextlib.ExitStack() as folder:
+    with contextlib.ExitStack() as held:
         # A run is read by all processes or none: Orbax lets those that open checkpoints wait for each other.
         if first_process or config.resume:
-            held = folder if first_process else None
-            prepare_output(config.output, resume=config.resume, overwrite=config.overwrite, held=held)
+            # Process 0 holds it for all.
+            prepare_output(
+                config.output,
+                resume=config.resume,
+                overwrite=config.overwrite,
+                held=held if first_process else None,
+            )
         if first_process and not config.resume:
             write_configuration(config.output, configuration)
         if config.resume:

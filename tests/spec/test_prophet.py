@@ -223,6 +223,12 @@ def test_bad_input():
         ModelWithProphet(transformer(0), other, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="target must be a Decoder, got NoneType"):
         ModelWithProphet(None, transformer(0), rngs=nnx.Rngs(0))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="prophet must be a Decoder without an early exit"):
+        ModelWithProphet(
+            transformer(0), transformer(0, dataclasses.replace(CONFIG, early_exit_layer=1)), rngs=nnx.Rngs(0)
+        )
+    with pytest.raises(ValueError, match="rngs must be given"):
+        ModelWithProphet(transformer(0), transformer(1))
     with pytest.raises(ValueError, match="prophet must be a Decoder or a ProphetModel, got NoneType"):
         ModelWithProphet(transformer(0), None, rngs=nnx.Rngs(0))  # pyright: ignore[reportArgumentType]
     wider = transformer(0, dataclasses.replace(CONFIG, dim=2 * CONFIG.dim))
@@ -231,14 +237,6 @@ def test_bad_input():
     pair = random_pair(CONFIG, num_leading_start_tokens=3)
     with pytest.raises(ValueError, match="prophet_train_length must be above num_leading_start_tokens = 3, got 3"):
         ModelWithProphet(pair.target, pair.prophet, prophet_train_length=3)
-
-
-def test_what_no_pair_is_made_of():
-    with_exit = transformer(0, dataclasses.replace(CONFIG, early_exit_layer=1))
-    with pytest.raises(ValueError, match="prophet must be a Decoder without an early exit"):
-        ModelWithProphet(transformer(0), with_exit, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="rngs must be given"):
-        ModelWithProphet(transformer(0), transformer(1))
 
 
 def test_defaults():
