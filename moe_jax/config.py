@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from moe_jax.checks import flag, floating, function, instance, number, one_of, positive, two_axes, whole, without_numpy
 from moe_jax.dispatch import DISPATCHES, Dispatch
@@ -81,7 +82,7 @@ class MoEConfig:
     activation: Activation = gelu
     init: Init = "paper"
     recompute: bool = False
-    param_dtype: jnp.dtype | type = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
     data_axis: str = "data"
     expert_axis: str = "expert"
 

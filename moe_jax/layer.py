@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from moe_jax.checks import array, flag, floating, floating_array, instance, whole
 from moe_jax.config import MoEConfig
@@ -197,7 +198,7 @@ class RMSNorm(nnx.Module):
     As in the original, times the square root of D over their norm, which counts as 1e-12 where it is less.
     """
 
-    def __init__(self, dim: int, *, param_dtype: jnp.dtype | type = jnp.float32) -> None:
+    def __init__(self, dim: int, *, param_dtype: DTypeLike = jnp.float32) -> None:
         whole("dim", dim, 1)
         floating("param_dtype", param_dtype)
         self.scale_d = nnx.Param(jnp.ones(dim, param_dtype))

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.typing import DTypeLike
 
 from moe_jax.config import MoEConfig
 
@@ -37,7 +38,7 @@ def draw_noise(
     *,
     tokens: int,
     train: bool,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
 ) -> RouterNoise:
     """Draws what the configuration asks for.
 
