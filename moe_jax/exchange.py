@@ -84,7 +84,7 @@ class Exchange:
             return routing
         expert_e = np.arange(self.num_experts, dtype=np.int32)
         copies_e = jnp.asarray(-(-(self.places - expert_e) // self.num_experts))
-        place_e = expert_e + self.num_experts * (jax.lax.axis_index(self.axis) % self.size % copies_e)
+        place_e = expert_e + self.num_experts * (jax.lax.axis_index(self.axis) % copies_e)
 
         def by_place(x_eg: jax.Array) -> jax.Array:
             return jnp.zeros((self.places, x_eg.shape[1]), x_eg.dtype).at[place_e].set(x_eg)

@@ -23,6 +23,7 @@ from moe_jax import (
     SparseMoEBlock,
     TopN,
     assign_slots,
+    block_from_torch,
     capacity,
     mixture,
     moe_from_torch,
@@ -368,6 +369,10 @@ def slots_of_five_tokens(*, grouped: int = 5, **changes: Any) -> Routing:
         (
             lambda: moe_from_torch({}, dim=8, expert_hidden_mult=-1),
             "expert_hidden_mult must be finite and positive, got -1",
+        ),
+        (
+            lambda: block_from_torch({}, dim=8, expert_hidden_mult=2),
+            "expert_hidden_mult must be 4 in a block, got 2",
         ),
         (
             lambda: moe_from_torch({}, dim=8, balance_loss_coef=-1),

@@ -129,6 +129,14 @@ def test_the_drops_in_these_tests_are_real():
     assert 0 < some < all_kept < TOKENS * 3
 
 
+def test_sorted_rows_are_no_more_than_slots_or_assignments():
+    gate_ta = jnp.ones((TOKENS, 3))
+    few, many = (routing_of(gate_ta, capacity_factor=factor) for factor in (1.0, None))
+    # Four experts have three slots in each of two groups.
+    assert sorted_rows(few)[2] == 24
+    assert sorted_rows(many)[2] == TOKENS * 3
+
+
 def test_mixture_by_hand():
     """Experts that multiply by 1, 2, 3 and 4: the output is the input times the gated sum."""
 

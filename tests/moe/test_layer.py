@@ -130,6 +130,18 @@ def test_losses_and_metrics_by_hand():
     assert evaluated.total_aux_loss == 0
 
 
+def test_evaluation_has_its_own_dispatch():
+    """Without a capacity by "ragged" alone; and by "dense" alone does one token's NaN reach all."""
+    options = {"capacity_factor_train": 1.0, "capacity_factor_eval": 1.0, "min_capacity": 0}
+    x = jnp.ones((1, 8, 8)).at[0, 7].set(jnp.nan)
+    for dispatch, dispatch_eval in (("dense", "ragged"), ("ragged", "dense")):
+        moe = layer(dispatch=dispatch, dispatch_eval=dispatch_eval, **options)
+        for train, here in ((True, dispatch), (False, dispatch_eval)):
+            out = apply(moe, x, train=train)
+            assert (out.metrics.dropped_a[0] > 0) == (here == "dense")
+            assert jnp.isnan(out.outputs[0, :7]).all() == (here == "dense")
+
+
 def test_block_is_residual_and_normed():
     moe = layer(dispatch="ragged")
     block = SparseMoEBlock(moe, add_ff_before=True, add_ff_after=True, rngs=nnx.Rngs(2))

@@ -1,10 +1,11 @@
 """What a layer reports of its routing, by hand."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import ExpertChoice, metrics, router_totals, token_groups
+from moe_jax import ExpertChoice, RouterTotals, metrics, router_totals, token_groups
 from tests.moe.support import apply, assign_slots, choice, hidden_states, layer
 
 
@@ -35,6 +36,23 @@ def test_nan_checks_find_nothing_in_a_padded_batch():
         # One operation after the other, so that each is checked.
         out = moe(hidden_states(3, 8) * 1e4, train=True, mask=mask_t)
     np.testing.assert_allclose(out.metrics.router_entropy, 0, atol=1e-6)
+
+
+def test_padding_of_any_logits_counts_for_nothing():
+    """A layer has logits of 0 there; `router_totals` takes what it is given."""
+    mask_t, asked = jnp.asarray([True, False]), choice([[0, 1], [2, 3]], wanted=[[False, True], [False, False]])
+    routing = assign_slots(asked, token_groups(mask_t, 2, "batch"), num_experts=4, capacity_factor=None)
+
+    def z_squared(logits_te: jax.Array) -> tuple[jax.Array, RouterTotals]:
+        totals = router_totals(logits_te, asked, routing, mask_t)
+        return totals.z_squared, totals
+
+    differentiated = jax.grad(z_squared, has_aux=True)
+    bar_te, totals = differentiated(jnp.zeros((2, 4)).at[1].set(jnp.inf))
+    expected_te, expected = differentiated(jnp.zeros((2, 4)))
+    chex.assert_trees_all_equal(totals, expected)
+    np.testing.assert_array_equal(bar_te, expected_te)
+    np.testing.assert_array_equal(totals.first_e, [1, 0, 0, 0])
 
 
 def test_one_logit_that_is_not_finite_is_counted():

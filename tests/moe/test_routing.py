@@ -161,6 +161,8 @@ def test_experts_are_ranked_where_their_scores_are_equal(
     [
         # The scores of groups {2, 3} and {4, 5} are 0 in float32.
         ("softmax", [200.0, 0.0, 1.0, 0.0, 50.0, 49.0], [0, 4, 5]),
+        # 20.1, 5.4 and 3.3 to each other, though the first has the smallest sum of logits.
+        ("softmax", [3.0, -10.0, 1.0, 1.0, 0.5, 0.5], [0, 2, 3]),
         # All scores are 1 in float32.
         ("sigmoid", [20.0, 19.0, 30.0, 29.0, 40.0, 39.0], [4, 5, 2]),
         # All are 0: exp(-200) times 1.21, 1 and 1.19, though the second group has the best expert.

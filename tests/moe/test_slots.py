@@ -106,6 +106,7 @@ def test_token_groups(group_size: int | str, group: list[int], count: list[int])
     np.testing.assert_array_equal(np.asarray(groups.group_t)[real], np.asarray(group)[real])
     np.testing.assert_array_equal(groups.count_g, count)
     assert groups.num_groups == len(count)
+    assert groups.size <= 6
     none = token_groups(jnp.ones(0, bool), 3, group_size)
     assert len(none.group_t) == none.count_g.sum() == 0
 
