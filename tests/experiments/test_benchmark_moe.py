@@ -161,6 +161,25 @@ def test_exponents():
     assert benchmark_moe._exponent({"1": 1.0, "2": 4.0, "4": 16.0}) == pytest.approx(2)
 
 
+def test_memory_is_the_median_of_calls_in_turn(monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def added(name: str, *args: int) -> int:
+        asked.append((name, args))
+        return len(asked) * {"ours": 1, "theirs": 10}[name]
+
+    monkeypatch.setattr(benchmark_moe, "OURS", "ours")
+    monkeypatch.setattr(benchmark_moe, "peak_memory", added)
+    makers: dict[str, Any] = {"ours": "ours", "theirs": "theirs"}
+    row = benchmark_moe._memory(makers, 3, 100, 7)
+    assert asked == [("ours", (7,)), ("theirs", (7,))] * 3
+    assert row == {
+        "peak_bytes_min": {"ours": 101, "theirs": 120},
+        "peak_bytes_median": {"ours": 103, "theirs": 140},
+        "memory_over_ours": {"ours": 1, "theirs": 140 / 103},
+    }
+
+
 def touches(megabytes: int) -> Callable[[int], np.integer]:
     return lambda repeat: np.ones(megabytes * 2**20, np.uint8).sum()
 
