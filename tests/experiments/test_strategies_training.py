@@ -30,6 +30,7 @@ from experiments.generate import GenerateConfig, generate, load_run
 from experiments.metrics import read_metrics
 from experiments.samples import ByteText
 from spec_jax import DecoderConfig
+from spec_jax.losses import distillation_loss, early_exit_logits
 from tests.experiments.runs import tiny_config, train
 
 TARGET = DecoderConfig(dim=16, depth=2, heads=1, dim_head=16, ff_mult=2)
@@ -42,26 +43,31 @@ def early_exit_config(folder, **changes) -> train_early_exit.TrainEarlyExitConfi
     return train_early_exit.TrainEarlyExitConfig(**shared | changes)
 
 
+def draft_config(folder, **changes) -> train_draft.TrainDraftConfig:
+    return tiny_config(folder, **{"target": TARGET, "draft": dataclasses.replace(TARGET, depth=1)} | changes)
+
+
 def prophet_config(folder, **changes) -> train_prophet.TrainProphetConfig:
     shared = shared_fields(tiny_config(folder), train_prophet.TrainProphetConfig)
     shared["target"], shared["prophet"] = TARGET, dataclasses.replace(TARGET, dim=8, depth=1)
     return train_prophet.TrainProphetConfig(**shared | changes)
 
 
-KINDS: dict[str, tuple[Any, Any]] = {
-    "early exit": (early_exit_config, train_early_exit.task),
-    "prophet": (prophet_config, train_prophet.task),
+MODULES: dict[str, tuple[Any, Any]] = {
+    "draft": (draft_config, train_draft),
+    "early exit": (early_exit_config, train_early_exit),
+    "prophet": (prophet_config, train_prophet),
 }
 OWN = DistillationConfig(weight=1.0, own_samples=True, prompt_length=4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["early exit", "prophet"])
 def test_a_run_trains_generates_and_distils(kind: str, tmp_path):
     """All losses fall; what it generates greedily is the target's own text; distillation is reported."""
-    make, task = KINDS[kind]
+    make, module = MODULES[kind]
     config = make(tmp_path, steps=12, learning_rate=1e-2, sample_every=0, report=False, distillation=OWN)
-    assert train(config, task(config))[0] == 0
+    assert train(config, module.task(config))[0] == 0
     records = [record for record in read_metrics(config.output) if "validation/target_loss" in record]
     losses = [name for name in records[0] if name.endswith("_loss")]
     assert len(losses) == 2
@@ -84,15 +90,15 @@ def test_a_run_trains_generates_and_distils(kind: str, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["early exit", "prophet"])
 def test_resuming_continues_bit_for_bit(kind: str, tmp_path):
     """With recycling and own samples, whose noise must be the same after a resume."""
-    make, task = KINDS[kind]
+    make, module = MODULES[kind]
     common: dict[str, Any] = {"sample_every": 0, "report": False, "distillation": OWN, "schedule": "constant"}
     whole = make(tmp_path, steps=8, output=tmp_path / "whole", **common)
     half = make(tmp_path, steps=4, output=tmp_path / "halves", **common)
     for config in (whole, half, dataclasses.replace(half, steps=8, resume=True)):
-        assert train(config, task(config))[0] == 0
+        assert train(config, module.task(config))[0] == 0
     first, second = (load_run(config.output).models for config in (whole, half))
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
@@ -106,6 +112,76 @@ def test_own_samples_are_the_targets():
     plain = spec_jax.base_decoding(target, np.asarray(tokens[:, :5]), max_new_tokens=7, key=key_of(tokens, 0))
     np.testing.assert_array_equal(samples[:, 5:], plain.tokens)
     assert (key_of(tokens, 0) != key_of(tokens[:, ::-1], 0)).all()
+
+
+WEIGHTS = {"target_loss": 1.0, "draft_loss": 1.0, "early_exit_loss": 0.5, "prophet_loss": 0.5, "distillation": 3.0}
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_the_loss_is_the_weighted_sum_of_its_parts(kind: str, tmp_path):
+    """Distillation on own samples is that on the sampled text, and another seed samples another."""
+    make, module = MODULES[kind]
+    weights = {f.name: 0.5 for f in dataclasses.fields(make(tmp_path)) if f.name.endswith("_loss_weight")}
+    own = DistillationConfig(weight=3.0, own_samples=True, prompt_length=4)
+    config = make(tmp_path, seed=3, distillation=own, **weights)
+    models, tokens = module.make_models(config), jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 33)))
+
+    def losses_of(config, tokens) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return jax.jit(module.make_loss_fn(config))(models, tokens)
+
+    total, losses = losses_of(config, tokens)
+    np.testing.assert_allclose(total, sum(WEIGHTS[name] * loss for name, loss in losses.items()), rtol=1e-6)
+    given = dataclasses.replace(config, distillation=dataclasses.replace(own, own_samples=False))
+    samples = own_samples(own, models["target"], tokens, 3)
+    on_samples = losses_of(given, samples)[1]["distillation"]
+    np.testing.assert_allclose(losses["distillation"], on_samples, rtol=1e-5)
+    elsewhere = losses_of(given, tokens)[1], losses_of(dataclasses.replace(config, seed=4), tokens)[1]
+    assert all(abs(other["distillation"] / on_samples - 1) > 1e-4 for other in elsewhere)
+
+
+def test_an_exit_learns_from_the_head(tmp_path):
+    """The divergence is the exit's from the head, not the other way; what it recycles is drawn from the seed."""
+    distillation = DistillationConfig(weight=1.0)
+    config = early_exit_config(tmp_path, seed=3, distillation=distillation)
+    # What recycles starts at zero.
+    models = jax.tree.map(lambda weight: weight + 0.05, train_early_exit.make_models(config))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 33)))
+    read = tokens[:, :-1]
+    logits, exit_logits = early_exit_logits(models["target"], read, key=key_of(read, 3))
+    losses = train_early_exit.make_loss_fn(config)(models, tokens)[1]
+    np.testing.assert_allclose(losses["distillation"], distillation_loss(exit_logits, logits), rtol=1e-5)
+    assert abs(distillation_loss(logits, exit_logits) / losses["distillation"] - 1) > 1e-3
+    other = train_early_exit.make_loss_fn(dataclasses.replace(config, seed=4))(models, tokens)[1]
+    assert other["early_exit_loss"] != losses["early_exit_loss"]
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_another_seed_has_other_weights(kind: str, tmp_path):
+    make, module = MODULES[kind]
+    first, second = (module.make_models(make(tmp_path, seed=seed)) for seed in (0, 1))
+    for name in first:
+        pairs = zip(jax.tree.leaves(first[name]), jax.tree.leaves(second[name]), strict=True)
+        assert any((x != y).any() for x, y in pairs), name
+
+
+def test_a_prophet_is_trained_as_its_configuration_says(tmp_path):
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 33)))
+    config = prophet_config(tmp_path, num_leading_start_tokens=3, prophet_train_length=6, detach_target_hiddens=True)
+    models = train_prophet.make_models(config)
+    assert models["prophet"].num_leading_start_tokens == 3
+
+    def gradient_and_loss(**changes: Any) -> tuple[Any, Any]:
+        loss_fn = train_prophet.make_loss_fn(dataclasses.replace(config, **changes))
+        gradient, losses = jax.jit(jax.grad(loss_fn, has_aux=True))(models, tokens)
+        return gradient["target"], losses["prophet_loss"]
+
+    detached, loss = gradient_and_loss()
+    alone, _ = gradient_and_loss(prophet_loss_weight=0.0)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), detached, alone)
+    joined, same = gradient_and_loss(detach_target_hiddens=False)
+    assert same == loss
+    assert max(jax.tree.leaves(jax.tree.map(lambda x, y: float(abs(x - y).max()), joined, alone))) > 1e-4
+    assert gradient_and_loss(prophet_train_length=5)[1] != loss
 
 
 def tiny_config_of() -> train_draft.TrainDraftConfig:
