@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -159,6 +160,68 @@ def test_a_layer_with_the_weights_of_mixtral():
 def test_exponents():
     assert benchmark_moe._exponent({"1": 3.0, "10": 30.0, "100": 300.0}) == pytest.approx(1)
     assert benchmark_moe._exponent({"1": 1.0, "2": 4.0, "4": 16.0}) == pytest.approx(2)
+
+
+def test_times_are_milliseconds_and_ratios_of_one_repeat_each(monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def scripted(calls: Any, **options: Any) -> tuple[dict[str, list[float]], dict[str, Any]]:
+        asked.append(options)
+        return {"base": [0.1, 0.1, 0.3], "other": [0.2, 0.4, 0.3]}, {}
+
+    monkeypatch.setattr(benchmark_moe, "alternate", scripted)
+    row = benchmark_moe._timed({}, 3, base="base", following=True, mode="forward")
+    assert asked == [{"repeats": 3, "following": True}]
+    assert row == {
+        "mode": "forward",
+        "base": "base",
+        "milliseconds_min": {"base": pytest.approx(100), "other": pytest.approx(200)},
+        "milliseconds_median": {"base": pytest.approx(100), "other": pytest.approx(300)},
+        "over_base_median": {"base": 1, "other": pytest.approx(2)},
+        "over_base_of_minima": {"base": 1, "other": pytest.approx(2)},
+    }
+
+
+def test_a_gigabyte_of_gradients_is_there_before_it_is_timed(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+    monkeypatch.setattr(moe_programs, "timed_call", lambda layer, x, **options: layer)
+    monkeypatch.setattr(benchmark_moe, "_timed", lambda calls, repeats, **options: asked.append((calls, options)))
+    list(benchmark_moe.over_experts(tiny(tmp_path, "experts")))
+    assert [list(calls) for calls, _ in asked] == [["2", "4"]] * 4
+    assert all(options["following"] and options["base"] == "2" for _, options in asked)
+
+
+def test_what_is_compared_has_the_same_work(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+    """The dense layer two experts' weights, which every token meets; experts as many slots as assignments."""
+    config = tiny(tmp_path, "dense")
+    monkeypatch.setattr(moe_programs, "timed_call", lambda layer, x, **options: layer)
+    monkeypatch.setattr(benchmark_moe, "_timed", lambda calls, repeats, **options: calls)
+    for calls in benchmark_moe.against_dense(config):
+        dense, experts = jax.tree.leaves(calls["dense"]), jax.tree.leaves(calls["index"])
+        of_dense = sum(leaf.size for leaf in dense if leaf.ndim == 2)
+        assert 2 * sum(leaf.size for leaf in experts if leaf.ndim == 3) == of_dense * config.num_experts
+        for train in (False, True):
+            x = jnp.broadcast_to(jnp.arange(1.0, config.dim + 1), (1, 16, config.dim))
+            # All to the same two experts.
+            assert benchmark_moe._kept(moe_programs.routed(calls["index"], x, train=train).metrics, x) == 2 * 8
+            assert benchmark_moe._kept(moe_programs.routed(calls["ragged"], x, train=train).metrics, x) == 2 * 16
+
+
+def test_programs_are_of_evaluation_forward_and_of_training_backward():
+    config = dataclasses.replace(moe_programs.roomy_config(8, 4, "index"), capacity_factor_train=0.5)
+    moe, x = moe_programs.initial_layer(config), moe_programs.hidden_states((1, 16), 8)
+    assert (moe_programs.routed(moe, x, train=True).outputs != moe_programs.routed(moe, x, train=False).outputs).any()
+    key = jax.random.key(0)
+    outputs = moe_programs.compiled(moe, x, backward=False)(moe, x, key)
+    np.testing.assert_allclose(outputs, moe_programs.routed(moe, x, train=False).outputs, atol=1e-6)
+    moe_bar, x_bar = moe_programs.compiled(moe, x, backward=True)(moe, x, key)
+
+    def loss(moe: Any, x: jax.Array) -> jax.Array:
+        out = moe(x, train=True, key=key)
+        return jnp.sum(out.outputs**2) + out.total_aux_loss
+
+    wanted = jax.jit(jax.grad(loss, argnums=(0, 1)))(moe, x)
+    jax.tree.map(lambda got, want: np.testing.assert_allclose(got, want, atol=1e-5), (moe_bar, x_bar), wanted)
 
 
 def test_memory_is_the_median_of_calls_in_turn(monkeypatch: pytest.MonkeyPatch):
