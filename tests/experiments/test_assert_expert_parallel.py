@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 
 from experiments import assert_expert_parallel
@@ -44,3 +45,15 @@ def test_meshes():
     with pytest.raises(ValueError, match="num_experts must be at least 1, got 0"):
         AssertConfig(num_experts=0)
     assert AssertConfig(num_experts=1).layer().router == TopN(n=1)
+
+
+def test_the_layer_is_as_asked_for():
+    config = AssertConfig(dispatch="ragged", slot_order="choice", group_size="batch", capacity_factor=2.0).layer()
+    assert (config.dispatch, config.slot_order, config.group_size) == ("ragged", "choice", "batch")
+    assert (config.capacity_factor_train, config.gumbel_noise) == (2.0, 0.5)
+
+
+def test_differences_are_beside_the_largest_entry():
+    assert assert_expert_parallel.TOLERANCES == {"float32": 1e-5, "float64": 1e-12, "bfloat16": 2e-2}
+    (row,) = assert_expert_parallel._rows({"": np.array([4.0, -7.0])}, {"": np.array([4.0, -8.0])})
+    assert (row.largest, row.error) == (8, 0.125)

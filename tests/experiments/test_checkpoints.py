@@ -5,9 +5,10 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
-from experiments.checkpoints import Checkpoints, named_leaves, open_run, run_folder
+from experiments.checkpoints import Checkpoints, has_checkpoint, named_leaves, newest, open_run, run_folder
 
 MODELS = {"target": {"kernel": jnp.arange(6.0).reshape(2, 3)}, "draft": {"kernel": jnp.ones((4,), jnp.bfloat16)}}
 OPTIMIZER = (jnp.int32(3), {"mu": jnp.full((2, 3), 0.1)})
@@ -52,6 +53,27 @@ def test_what_a_kill_leaves_is_no_checkpoint(tmp_path):
         assert checkpoints.latest == 5
     save(tmp_path, [7])
     assert not half.exists()
+
+
+def test_half_a_checkpoint_is_none(tmp_path):
+    (tmp_path / "checkpoints" / "6.orbax-checkpoint-tmp").mkdir(parents=True)
+    assert not has_checkpoint(tmp_path)
+
+
+def test_readers_sweep_nothing_up(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """What looks like a killed run's rest may be what a running one writes."""
+    save(tmp_path, [1])
+    seen, options = [], ocp.CheckpointManagerOptions
+
+    def recorded(**given):
+        seen.append((given["read_only"], given["cleanup_tmp_directories"]))
+        return options(**given)
+
+    monkeypatch.setattr(ocp, "CheckpointManagerOptions", recorded)
+    with open_run(tmp_path):
+        pass
+    newest(tmp_path)
+    assert seen == [(True, False)] * 2
 
 
 def test_a_run_folder_and_its_checkpoints_folder_both_open(tmp_path):

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
-from experiments import train_moe
+from experiments import compare_experts, train_moe
 from experiments.compare_experts import CompareConfig, Result, panels, result_of, table_rows, training_flops
 from experiments.expert_decoder import ExpertsConfig
 from experiments.metrics import Metrics
@@ -107,3 +108,14 @@ def test_runs_of_a_study_differ_by_variant_and_seed():
     for (variant, seed), run in runs.items():
         assert (run.seed, run.output) == (seed, pathlib.Path(f"study/{variant}_{seed}"))
         assert run.experts == train_moe.PRESETS["cpu" if variant == "sparse" else f"cpu-{variant}"][1].experts
+
+
+def test_runs_are_trained_as_asked_for(monkeypatch: pytest.MonkeyPatch):
+    def of(variant: str, config: Any) -> Any:
+        return variant, config.seed, config.batch_size, config.steps, config.data, config.sample_every, config.report
+
+    monkeypatch.setattr(compare_experts, "finish_each", lambda runs, _: (config for config, _ in runs))
+    monkeypatch.setattr(compare_experts, "result_of", of)
+    study = CompareConfig(variants=("sparse", "ff-none"), seeds=2, batch_size=3, steps=9, data="a")
+    wanted = [(variant, seed, 3, 9, "a", 0, False) for seed in (0, 1) for variant in ("sparse", "ff-none")]
+    assert compare_experts.run_all(study, Console(quiet=True)) == wanted

@@ -5,14 +5,17 @@ import io
 import pathlib
 import re
 import types
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+import spec_jax
 from experiments import compare_strategies
 from experiments.compare_strategies import PROSE, CompareConfig, Row, kept_cell, panels, print_rows, prompts_of
+from experiments.search_layer_skip import Found
 from tests.experiments.test_report import measurement
 
 
@@ -120,3 +123,72 @@ def test_the_hundredth_at_the_far_end_is_neither_prose_nor_code():
     shares = {kind: PROSE[prompts_of(split, kind, count=3, length=200)].mean(1) * 200 for kind in ("code", "prose")}
     np.testing.assert_allclose(shares["code"], [2, 3, 4])
     np.testing.assert_allclose(shares["prose"], [195, 196, 197])
+
+
+def test_every_temperature_is_measured_at_its_own(monkeypatch: pytest.MonkeyPatch):
+    seen = []
+
+    def spy(*_: Any, sampling: spec_jax.Sampling, max_new_tokens: int, **__: Any) -> Any:
+        seen.append((float(sampling.temperature), max_new_tokens))
+        return [measurement("γ = 1", 1, 1.0)]
+
+    monkeypatch.setattr(compare_strategies, "measure_decoding", spy)
+    monkeypatch.setattr(compare_strategies, "measure_costs", lambda *_, **__: {})
+    config = CompareConfig(gammas=(1,), generate_length=9, temperatures=(0.0, 1.0))
+    prompts = {"code": np.zeros((3, 1, 4), np.int32)}
+    drafter = partial(lambda gamma: spec_jax.NGram(gamma=gamma))
+    compare_strategies.measure_cell(config, "n-gram", None, drafter, prompts, Console(quiet=True))
+    assert seen == [(0.0, 9), (1.0, 9)]
+
+
+def test_every_strategy_meets_its_own_target_on_test_text(monkeypatch: pytest.MonkeyPatch):
+    """The layers to skip are searched on validation text; drafts without training go with the small draft's target."""
+    splits = {name: np.full(9999, value, np.uint8) for value, name in enumerate(("train", "validation", "test"))}
+    cells, searched = {}, []
+
+    def search(target: str, text: np.ndarray) -> Found:
+        searched.append((target, np.unique(text).tolist()))
+        return Found((0,), (), 0.5, 0.5, 1, 2.0)
+
+    def keep(path: pathlib.Path, _: Any, models: Any, measure: Any) -> list[Row]:
+        cells[path.stem] = models, measure
+        return []
+
+    monkeypatch.setattr(compare_strategies, "load_text", lambda _: types.SimpleNamespace(**splits))
+    monkeypatch.setattr(compare_strategies, "kept_cell", keep)
+    monkeypatch.setattr(compare_strategies, "searched_layers", search)
+    trained = compare_strategies.TRAINED
+    runs: Any = {name: types.SimpleNamespace(target=f"{name}'s", models=f"models of {name}") for name in trained}
+    shared: Any = types.SimpleNamespace(data="", prompt_length=8)
+    compare_strategies.measure_all(CompareConfig(batches=(2,), repeats=3), shared, runs, Console(quiet=True))
+    assert len(cells) == len(trained) + 2
+    for name in (*trained, "n-gram", "layer skip"):
+        models, measure = cells[f"{name.replace(' ', '_')}_2"]
+        of = name if name in trained else "small draft"
+        assert models == (f"models of {name}" if name in trained else "small draft's")
+        _, strategy, target, _, prompts, _ = measure.args
+        assert (strategy, target) == (name, f"{of}'s")
+        assert [(text, array.shape, np.unique(array).tolist()) for text, array in prompts.items()] == [
+            (text, (3, 2, 8), [2]) for text in ("code", "prose")
+        ]
+    assert cells["layer_skip_2"][1].args[3](3).gamma == 3
+    assert searched == [("small draft's", [1])]
+
+
+def test_repetitive_text_is_sixteen_bytes_of_the_test_text(monkeypatch: pytest.MonkeyPatch):
+    text = types.SimpleNamespace(train=np.zeros(9999, np.uint8), test=np.arange(9999).astype(np.uint8))
+    given = []
+
+    def spy(_: Any, __: Any, prompts: Any, **___: Any) -> list[Any]:
+        given.append(prompts)
+        return []
+
+    monkeypatch.setattr(compare_strategies, "load_text", lambda _: text)
+    monkeypatch.setattr(compare_strategies, "measure_decoding", spy)
+    shared: Any = types.SimpleNamespace(data="", prompt_length=40)
+    compare_strategies.ngram_extremes(CompareConfig(), shared, None, Console(quiet=True))
+    repetitive, _ = given
+    for (row,) in repetitive:
+        assert row.shape == (40,)
+        np.testing.assert_array_equal(row[16:], row[:24])
+        np.testing.assert_array_equal(np.diff(row[:16].astype(int)) % 256, 1)

@@ -2,15 +2,30 @@ import dataclasses
 import itertools
 import os
 import pathlib
+import re
 import subprocess
 import sys
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from experiments import train_draft, train_early_exit, train_moe, train_prophet
+from experiments import (
+    assert_expert_parallel,
+    check_resume,
+    compare_costs,
+    compare_experts,
+    compare_strategies,
+    decoding_run,
+    launch,
+    search_layer_skip,
+    train_draft,
+    train_early_exit,
+    train_moe,
+    train_prophet,
+)
 from experiments.command_line import chosen_config
 from experiments.config import RunConfig, as_json, differences
 from experiments.train_draft import PRESETS, TrainDraftConfig
@@ -41,6 +56,10 @@ from spec_jax import DecoderConfig
         ({"gamma": -1}, "gamma must be at least 0, got -1"),
         ({"temperature": -1.0}, "temperature must be"),
         (
+            dict.fromkeys(("target", "draft"), DecoderConfig(vocab_size=255)),
+            "target.vocab_size must hold all 256 bytes",
+        ),
+        (
             {"target": DecoderConfig(vocab_size=300)},
             "draft.vocab_size must be the same, got 300 and 256",
         ),
@@ -49,6 +68,33 @@ from spec_jax import DecoderConfig
 def test_bad_input(changes, message):
     with pytest.raises(ValueError, match=message):
         TrainDraftConfig(**changes)
+
+
+# Of every configuration, the fields that are at least 1, and of a run's those that are at least 0.
+LEAST = [
+    (TrainDraftConfig, 1, "steps batch_size accumulation sequence_length log_every validate_every validation_batches"),
+    (TrainDraftConfig, 1, "checkpoint_every keep_checkpoints join_timeout expert_parallel"),
+    (TrainDraftConfig, 1, "prompt_length generate_length report_repeats"),
+    (TrainDraftConfig, 0, "sample_every warmup_steps gamma"),
+    (search_layer_skip.SearchConfig, 1, "batches batch_size sequence_length max_gamma scoring_cost"),
+    (compare_costs.CostConfig, 1, "gammas prompt_length max_new_tokens repeats"),
+    (compare_strategies.CompareConfig, 1, "steps gammas batches repeats generate_length"),
+    (compare_experts.CompareConfig, 1, "steps batch_size seeds"),
+    (assert_expert_parallel.AssertConfig, 1, "devices data expert num_experts experts_per_token batch length"),
+    (check_resume.CheckConfig, 1, "runs kills steps"),
+    (launch.LaunchConfig, 1, "processes devices_per_process"),
+]
+
+
+@pytest.mark.parametrize(("kind", "least", "names"), LEAST)
+def test_numbers_below_the_least(kind: Any, least: int, names: str):
+    required: dict[str, Any] = {"checkpoint": pathlib.Path()} if kind is search_layer_skip.SearchConfig else {}
+    for name in names.split():
+        value: Any = least - 1
+        if isinstance(getattr(kind(**required), name), tuple):
+            value = (value,)
+        with pytest.raises(ValueError, match=f"^{name} must be at least {least}, got {re.escape(str(value))}"):
+            kind(**required, **{name: value})
 
 
 def test_the_originals_preset():
@@ -166,3 +212,54 @@ def test_a_preset_and_its_fields():
     _, preset = PRESETS["cpu"]
     expected = dataclasses.replace(preset, steps=7, target=dataclasses.replace(preset.target, depth=3))
     assert chosen_config("train_draft", PRESETS, command_line, None) == expected
+
+
+@pytest.mark.parametrize("name", ["cpu", "enwik8"])
+def test_presets_of_other_strategies_are_those_of_the_draft(name: str):
+    """The same text, steps and sizes, so that studies compare the strategies; a prophet is as large as the draft."""
+    draft, early_exit, prophet = (module.PRESETS[name][1] for module in (train_draft, train_early_exit, train_prophet))
+    assert dataclasses.replace(early_exit.target, early_exit_layer=None) == prophet.target == draft.target
+    assert early_exit.target.early_exit_layer == {"cpu": 1, "enwik8": 2}[name]
+    assert prophet.prophet == draft.draft
+    assert (prophet.num_leading_start_tokens, prophet.prophet_train_length) == (2, {"cpu": 11, "enwik8": 7}[name])
+    for field in dataclasses.fields(RunConfig):
+        if field.name != "output":
+            values = {getattr(config, field.name) for config in (draft, early_exit, prophet)}
+            assert values == {getattr(draft, field.name)}, field.name
+
+
+def test_a_report_measures_drafts_of_one_to_eight_tokens():
+    assert list(decoding_run.GAMMAS) == list(range(1, 9))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"learning_rate": 1.0},
+        {"batch_size": 16},
+        {"accumulation": 2},
+        {"clip_norm": 9.0},
+        {"adam_b2": 0.5},
+        {"warmup_steps": 3},
+        {"schedule": "cosine"},
+        {"sequence_length": 9},
+    ],
+)
+def test_what_training_is_made_of_matters(changes: dict[str, Any]):
+    before = TrainDraftConfig()
+    assert differences(as_json(before), as_json(dataclasses.replace(before, **changes)))
+
+
+def test_a_run_goes_on_elsewhere_and_with_other_reports():
+    before = TrainDraftConfig()
+    where = {"distributed": True, "coordinator": "host:1", "processes": 2, "process_index": 1, "join_timeout": 9}
+    mesh = {"expert_parallel": 2, "fsdp": True}
+    reports = {"verification": "block", "temperature": 0.5, "prompt_length": 9, "generate_length": 9, "gamma": 2}
+    often = {"log_every": 3, "validate_every": 3, "validation_batches": 3, "sample_every": 3, "checkpoint_every": 3}
+    changes: dict[str, Any] = where | mesh | reports | often | {"report_repeats": 2, "keep_checkpoints": 2}
+    assert differences(as_json(before), as_json(dataclasses.replace(before, **changes))) == []
+
+
+def test_a_constant_rate_stays_behind_its_warm_up():
+    config = RunConfig(learning_rate=0.01, warmup_steps=2)
+    np.testing.assert_allclose(rates(config, 5), [0, 0.005, 0.01, 0.01, 0.01], rtol=1e-3)

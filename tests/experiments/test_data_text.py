@@ -10,7 +10,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from experiments.data import batch_at, cache_folder, is_read, load_text
+from experiments.data import batch_at, cache_folder, is_read, load_text, remote
 from experiments.data.cache import new_file
 from experiments.data.stdlib import stdlib_file
 
@@ -92,6 +92,13 @@ def test_fingerprint_is_of_the_bytes_alone(tmp_path, cache):
     packed = load_text(write_gzip(tmp_path / "b.gz"), cache=cache)
     other = load_text(write(tmp_path / "c.txt", PLAIN[:-1] + b"!"), cache=cache)
     assert plain.fingerprint() == packed.fingerprint() != other.fingerprint()
+
+
+def test_fingerprint_is_of_every_byte(tmp_path, cache):
+    """It is read a mebibyte at a time."""
+    late = bytes(1 << 21) + b"!" + bytes((1 << 20) - 1)
+    texts = [load_text(write(tmp_path / f"{late == t}", t), cache=cache) for t in (bytes(3 << 20), late)]
+    assert texts[0].fingerprint() != texts[1].fingerprint()
 
 
 def test_gzip_zip_and_folder_equal_the_plain_file(tmp_path, cache):
@@ -300,6 +307,29 @@ def test_bad_paths(tmp_path, cache, make, message):
     with pytest.raises(ValueError, match=message):
         load_text(make(tmp_path), cache=cache)
     assert not cache.exists() or not list(cache.iterdir())
+
+
+def test_damaged_gzip_is_named(tmp_path, cache):
+    """Its checks pass up to where zlib's own fail."""
+    contents = bytearray(gzip.compress(PLAIN))
+    contents[10] ^= 0xFF
+    with pytest.raises(ValueError, match="must be a whole"):
+        load_text(write(tmp_path / "x.gz", bytes(contents)), cache=cache)
+
+
+def test_enwik8_is_fetched(tmp_path, cache, monkeypatch):
+    asked = []
+    monkeypatch.setattr(remote, "fetch", lambda *arguments: asked.append(arguments) or write(tmp_path / "file"))
+    assert whole(load_text("enwik8", cache=cache)) == PLAIN
+    assert asked == [(remote.ENWIK8, cache)]
+
+
+def test_a_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append((os.fstat(file).st_size, (tmp_path / "a").exists())))
+    with new_file(tmp_path / "a") as file:
+        file.write(b"abc")
+    assert synced == [(3, False)]
 
 
 def test_damaged_zip_member_is_not_kept(tmp_path, cache):

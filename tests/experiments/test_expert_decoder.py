@@ -188,6 +188,14 @@ def test_equal_flops_by_hand():
         assert equal_hidden(CONFIG, experts) == round((1.25 + before + after) * 24 + 32 * 4 / (3 * 32))
 
 
+@pytest.mark.parametrize(("before", "after"), [(True, False), (False, True)])
+def test_further_feed_forwards_are_where_they_were_asked_for(before: bool, after: bool):
+    experts = dataclasses.replace(EXPERTS, add_ff_before=before, add_ff_after=after)
+    decoder: Any = nnx.eval_shape(lambda: make_decoder(CONFIG, experts, rngs=nnx.Rngs(0)))
+    block = decoder.blocks[1].feed_forward.block
+    assert (block.ff_before is not None, block.ff_after is not None) == (before, after)
+
+
 def test_mixtures_are_as_asked_for():
     asked = {"num_experts": 5, "hidden": 7, "balance_coef": 0.25, "router_z_coef": 0.125}
     layer = ExpertsConfig(top_n=3, threshold=0.375, capacity_factor=1.5, **asked).layer(dim=16)

@@ -1,6 +1,9 @@
 import dataclasses
 import io
 import pathlib
+import sys
+import types
+from typing import Any
 
 import jax
 import numpy as np
@@ -106,3 +109,18 @@ def test_an_older_checkpoint(run):
 def test_bad_input(run, changes, message):
     with pytest.raises(ValueError, match=message):
         printed(GenerateConfig(**{"checkpoint": run, "prompt": "a", **changes}))
+
+
+def test_drafts_are_as_long_as_asked_for(monkeypatch: pytest.MonkeyPatch):
+    seen = []
+
+    def spy(console: Console, target: None, drafter: tuple[str, int], *_: Any, **__: Any) -> tuple[int, int]:
+        seen.append(drafter)
+        return 1, 1
+
+    run = types.SimpleNamespace(target=None, drafter=lambda *given: given)
+    module = sys.modules[generate.__module__]
+    monkeypatch.setattr(module, "load_run", lambda *_: run)
+    monkeypatch.setattr(module, "print_stream", spy)
+    generate(GenerateConfig(checkpoint=pathlib.Path(), prompt="a", drafter="ngram", gamma=3), Console(quiet=True))
+    assert seen == [("ngram", 3)]

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -19,6 +20,20 @@ def test_three_killed_runs_end_like_an_undisturbed_one(tmp_path, monkeypatch):
     config = check_resume.CheckConfig(runs=3, kills=2, steps=30, seed=1)
     console = Console(file=io.StringIO(), width=120)
     assert check_resume.check(config, tmp_path, console) == 0, console.file
+    with pytest.raises(ValueError, match="must end with step 31, got 30"):
+        check_resume.final_leaves(check_resume.tiny_config(tmp_path / "undisturbed", 31))
+
+
+@pytest.mark.parametrize("last", [1.0, 2.0])
+def test_another_end_is_told(last: float, tmp_path, monkeypatch: pytest.MonkeyPatch):
+    ends = iter([[np.ones(2)], [np.ones(2)], [np.array([1.0, last])]])
+    monkeypatch.setattr(check_resume.subprocess, "run", lambda *_, **__: None)
+    monkeypatch.setattr(check_resume, "disturbed_run", lambda *_, **__: [5, 9])
+    monkeypatch.setattr(check_resume, "final_leaves", lambda _: next(ends))
+    console = Console(file=io.StringIO(), width=120)
+    assert check_resume.check(check_resume.CheckConfig(runs=2), tmp_path, console) == (last != 1)
+    assert isinstance(console.file, io.StringIO)
+    assert ("DIFFERENT" in console.file.getvalue()) == (last != 1)
 
 
 def test_bad_input():

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import types
 from typing import Any
 
 import jax
@@ -119,3 +120,20 @@ def test_layer_search_is_found_by_generate(tmp_path, capsys, monkeypatch: pytest
             ValueError, match=r"needs .*layer_skip.json, which is damaged: run python -m experiments.se"
         ):
             load_run(config.output).drafter("layer-skip")
+
+
+def test_the_search_is_on_validation_text_as_asked_for(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    splits = {name: np.full(999, value, np.uint8) for value, name in enumerate(("train", "validation", "test"))}
+    run = types.SimpleNamespace(folder=tmp_path, target=None, configuration={"data": "the run's"})
+    asked, told = [], []
+    found = search_layer_skip.Found((0,), (), 0.5, 0.5, 1, 2.0)
+    text = types.SimpleNamespace(**splits, check=lambda _: None)
+    monkeypatch.setattr(search_layer_skip, "load_run", lambda _: run)
+    monkeypatch.setattr(search_layer_skip, "load_text", lambda data: asked.append(data) or text)
+    monkeypatch.setattr(search_layer_skip, "search", lambda _, batches, **how: told.append((batches, how)) or [found])
+    arguments = ["--batches", "3", "--batch-size", "2", "--sequence-length", "9", "--max-gamma", "4"]
+    search_layer_skip.main(["--checkpoint", "x", "--data", "mine", *arguments, "--scoring-cost", "1.5"])
+    ((batches, how),) = told
+    assert asked == ["mine"]
+    assert how == {"max_gamma": 4, "scoring_cost": 1.5}
+    assert [(batch.shape, np.unique(batch).tolist()) for batch in batches] == [((2, 10), [1])] * 3

@@ -62,3 +62,16 @@ def test_a_line_of_a_log_stays_one_and_says_whose_bits_they_are():
         "step 1,000 of 2,000 · loss 2.500 · target 1.250 bits/byte (training text) · 12,346 tokens/s",
         "step 1,000 of 2,000 · target 1.500 bits/byte (validation text)",
     ]
+
+
+def test_the_bar_of_a_terminal():
+    """It begins where the run goes on; bits are those of the training text until there are validated ones."""
+    progress = TrainingProgress(Console(file=io.StringIO()), steps=9, done=2, model="target")
+    (task,) = progress._bar.tasks
+    assert (task.total, task.completed) == (9, 2)
+    progress.step(4)
+    progress.record(4, loss=1.0, bits=2.0, speed=None)
+    assert (task.completed, task.fields["bits"]) == (4, 2.0)
+    progress.validated(4, 3.0)
+    progress.record(5, loss=1.0, bits=2.5, speed=None)
+    assert task.fields["bits"] == 3.0

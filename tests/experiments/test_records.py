@@ -20,6 +20,7 @@ from experiments.data import load_text, validation_batches
 from experiments.generate import load_run
 from experiments.metrics import Metrics, read_metrics
 from experiments.output import CONFIGURATION, prepare_output, read_configuration, write_configuration
+from experiments.train_state import num_parameters
 from tests.experiments.runs import steps_kept, tiny_config, train
 
 
@@ -210,3 +211,31 @@ def test_a_configuration_that_a_kill_cut_off_is_none(tmp_path):
     path = tmp_path / CONFIGURATION
     path.write_text(path.read_text()[:-3])
     assert read_configuration(tmp_path) is None
+
+
+def test_tensorboard_has_the_values(tmp_path):
+    with Metrics(tmp_path, first_step=0) as writer:
+        writer.write(1, {"train/loss": 3.0})
+    (file,) = (tmp_path / metrics.TENSORBOARD).iterdir()
+    values = [(v.tag, v.simple_value) for event in events_in(file.read_bytes()) for v in event.summary.value]
+    assert values == [("train/loss", 3.0)]
+
+
+def test_the_first_step_of_a_run_and_of_a_resumed_one_is_not_timed(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """It compiles. Besides, the clock stands still while a record is taken, of which there are two in four steps."""
+    laps, lap = [], training._Clock.lap
+    monkeypatch.setattr(training._Clock, "lap", lambda clock: laps.append(None) or lap(clock))
+    config = tiny_config(tmp_path, steps=4, schedule="constant")
+    train(config)
+    assert len(laps) == 3
+    train(dataclasses.replace(config, steps=8, resume=True))
+    assert len(laps) == 6
+
+
+def test_what_is_printed_of_a_run(tmp_path):
+    config = tiny_config(tmp_path, steps=2)
+    printed = " ".join(train(config)[1].split())
+    sizes = ", ".join(f"{name} {num_parameters(m):,}" for name, m in sorted(train_draft.make_models(config).items()))
+    assert f"parameters: {sizes}; 8 device(s); from step 0 to 2" in printed
+    (loss,) = (record["train/loss"] for record in read_metrics(config.output) if "train/loss" in record)
+    assert f"loss {loss:.3f} ·" in printed

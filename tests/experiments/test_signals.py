@@ -174,3 +174,10 @@ def test_a_run_in_a_thread_goes_without_signals():
     thread.start()
     thread.join()
     assert entered == [None]
+
+
+def test_an_interrupt_ends_a_process_at_once_where_it_may():
+    before = signal.getsignal(signal.SIGINT)
+    with signals.ended_by_interrupt():
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is before

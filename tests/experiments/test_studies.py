@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments import compare_experts, compare_prophet_training, compare_strategies, session, train_draft
+from experiments import compare_experts, compare_prophet_training, compare_strategies, runtime, session, train_draft
 from experiments.data import Text
 from experiments.output import CONFIGURATION, write_configuration
 from experiments.session import finish
@@ -122,3 +122,18 @@ def test_a_study_looks_at_every_folder_before_it_trains(
     with pytest.raises(ValueError, match=rf"output must be a folder, got the file \S*/{last}"):
         train_all(tmp_path)
     assert len(trained) == 1
+
+
+def test_a_study_ends_as_its_run_did(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(session, "_progress", lambda *_: None)
+    monkeypatch.setattr(session, "finish", lambda *_: 143)
+    runs: Any = [(None, None)]
+    with pytest.raises(SystemExit) as ended:
+        list(session.finish_each(runs, Console(quiet=True)))
+    assert ended.value.code == 143
+
+
+def test_a_study_is_of_one_process(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    with pytest.raises(ValueError, match="processes must be 1 for a study of several runs, got 2"):
+        runtime.require_one_process()

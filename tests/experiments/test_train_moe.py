@@ -153,6 +153,39 @@ def test_presets_change_one_thing():
         assert [leaf.shape for leaf in jax.tree.leaves(described)] == [leaf.shape for leaf in jax.tree.leaves(made)]
 
 
+def test_what_variants_change():
+    base = vars(ExpertsConfig())
+    assert (base["threshold"], base["balance_coef"], base["router_z_coef"]) == (0.2, 1e-2, 1e-3)
+    assert train_moe.PRESETS["enwik8"][1].experts.num_experts == 16
+    changed = {
+        name: {k: v for k, v in vars(train_moe.PRESETS[f"cpu-{name}"][1].experts).items() if v != base[k]}
+        for name in train_moe.VARIANTS
+    }
+    assert changed == {
+        "equal-flops": {"kind": "equal_flops"},
+        "equal-parameters": {"kind": "equal_parameters"},
+        "no-z-loss": {"router_z_coef": 0.0},
+        "threshold-0.05": {"threshold": 0.05},
+        "capacity-2": {"capacity_factor": 2.0},
+        "ff-before": {"add_ff_before": True, "add_ff_after": False},
+        "ff-none": {"add_ff_after": False},
+    }
+
+
+def test_without_a_preset_all_variants_are_compared(monkeypatch: pytest.MonkeyPatch):
+    called = []
+    monkeypatch.setattr(compare_experts, "main", lambda arguments: called.append(arguments) or 7)
+    assert train_moe.main([]) == 7
+    assert called == [[]]
+
+
+def test_another_seed_has_other_weights(tmp_path):
+    first, second = (train_moe.make_models(moe_config(tmp_path, seed=seed)) for seed in (0, 1))
+    for name in first:
+        pairs = zip(jax.tree.leaves(first[name]), jax.tree.leaves(second[name]), strict=True)
+        assert any((x != y).any() for x, y in pairs), name
+
+
 @pytest.mark.slow
 def test_variants_are_compared(tmp_path, monkeypatch: pytest.MonkeyPatch):
     """From training to table, JSON and figure; a second start trains nothing again."""
