@@ -58,12 +58,14 @@ class MoE(nnx.Module):
       config: see `MoEConfig`.
       rngs: for the initial weights; not kept.
       mesh: devices to compute on, with axes of the names in the configuration (see `moe_jax.parallel`). Without one,
-        the mesh of `jax.set_mesh` is used if it has these axes, and one device otherwise. The mesh changes no result.
+        the mesh of `jax.set_mesh` is used if it has these axes, and one device otherwise. One with Explicit axes must
+        be that of `jax.set_mesh`, here too. The mesh changes no result.
         Where axes of the one set are Explicit, outputs are split as the input is, all else is on every device, and
         what `jax.vmap` maps must not be split over the layer's axes.
 
     Raises:
-      ValueError: the mesh has neither of the axes, or an argument is of another kind.
+      ValueError: the mesh has neither of the axes, or Explicit ones and is not in force, or an argument is of another
+        kind.
     """
 
     def __init__(self, config: MoEConfig, *, rngs: nnx.Rngs, mesh: Mesh | None = None) -> None:

@@ -48,6 +48,8 @@ IMPORTED_BY_A_SCRIPT = (
 
 def run(program: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, VARIABLE: "", **variables}
+    # With which nothing is left to be written at the end.
+    environment.pop("PYTHONUNBUFFERED", None)
     return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=90)
 
 
