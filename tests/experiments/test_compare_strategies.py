@@ -5,7 +5,6 @@ import io
 import pathlib
 import re
 import types
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -136,7 +135,10 @@ def test_every_temperature_is_measured_at_its_own(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(compare_strategies, "measure_costs", lambda *_, **__: {})
     config = CompareConfig(gammas=(1,), generate_length=9, temperatures=(0.0, 1.0))
     prompts = {"code": np.zeros((3, 1, 4), np.int32)}
-    drafter = partial(lambda gamma: spec_jax.NGram(gamma=gamma))
+
+    def drafter(gamma: int) -> spec_jax.NGram:
+        return spec_jax.NGram(gamma=gamma)
+
     compare_strategies.measure_cell(config, "n-gram", None, drafter, prompts, Console(quiet=True))
     assert seen == [(0.0, 9), (1.0, 9)]
 

@@ -35,25 +35,17 @@ from spec_jax import DecoderConfig
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"processes": 2}, "processes must be given with distributed only, got 2 without it"),
         ({"distributed": True, "coordinator": "localhost"}, "coordinator must be host:port, got 'localhost'"),
-        ({"join_timeout": 0}, "join_timeout must be at least 1, got 0"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"accumulation": 0}, "accumulation must be at least 1"),
-        ({"sequence_length": 0}, "sequence_length must be at least 1"),
         ({"seed": -1}, r"seed must be in \[0, 2\^32\), got -1"),
         ({"seed": 2**32}, r"seed must be in \[0, 2\^32\), got 4294967296"),
         ({"temperature": 1e39}, "temperature must be a finite number >= 0, got 1e.39"),
-        ({"sample_every": -1}, "sample_every must be at least 0"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
         ({"learning_rate": float("nan")}, "learning_rate must be above 0, got nan"),
         ({"clip_norm": -1.0}, "clip_norm must be above 0"),
         ({"adam_b2": 1.0}, r"adam_b2 must be in \[0, 1\), got 1.0"),
         ({"schedule": "linear"}, "schedule must be 'constant' or 'cosine', got 'linear'"),
         ({"resume": True, "overwrite": True}, "resume and overwrite must not both be given"),
-        ({"prompt_length": 0}, "prompt_length must be at least 1"),
-        ({"gamma": -1}, "gamma must be at least 0, got -1"),
         ({"temperature": -1.0}, "temperature must be"),
         (
             dict.fromkeys(("target", "draft"), DecoderConfig(vocab_size=255)),
@@ -224,8 +216,7 @@ def test_presets_of_other_strategies_are_those_of_the_draft(name: str):
     assert (prophet.num_leading_start_tokens, prophet.prophet_train_length) == (2, {"cpu": 11, "enwik8": 7}[name])
     for field in dataclasses.fields(RunConfig):
         if field.name != "output":
-            values = {getattr(config, field.name) for config in (draft, early_exit, prophet)}
-            assert values == {getattr(draft, field.name)}, field.name
+            assert len({getattr(config, field.name) for config in (draft, early_exit, prophet)}) == 1, field.name
 
 
 def test_a_report_measures_drafts_of_one_to_eight_tokens():

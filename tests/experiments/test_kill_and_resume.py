@@ -36,11 +36,6 @@ def test_another_end_is_told(last: float, tmp_path, monkeypatch: pytest.MonkeyPa
     assert ("DIFFERENT" in console.file.getvalue()) == (last != 1)
 
 
-def test_bad_input():
-    with pytest.raises(ValueError, match="runs must be at least 1, got 0"):
-        check_resume.CheckConfig(runs=0)
-
-
 def test_a_folder_with_something_in_it_is_refused(tmp_path):
     (tmp_path / "run0").mkdir()
     with pytest.raises(ValueError, match="folder must be empty or not exist, got "):

@@ -31,7 +31,7 @@ from experiments.metrics import read_metrics
 from experiments.samples import ByteText
 from spec_jax import DecoderConfig
 from spec_jax.losses import distillation_loss, early_exit_logits
-from tests.experiments.runs import tiny_config, train
+from tests.experiments.runs import leaves, tiny_config, train
 
 TARGET = DecoderConfig(dim=16, depth=2, heads=1, dim_head=16, ff_mult=2)
 
@@ -160,8 +160,7 @@ def test_another_seed_has_other_weights(kind: str, tmp_path):
     make, module = MODULES[kind]
     first, second = (module.make_models(make(tmp_path, seed=seed)) for seed in (0, 1))
     for name in first:
-        pairs = zip(jax.tree.leaves(first[name]), jax.tree.leaves(second[name]), strict=True)
-        assert any((x != y).any() for x, y in pairs), name
+        assert any((x != y).any() for x, y in zip(leaves(first[name]), leaves(second[name]), strict=True)), name
 
 
 def test_a_prophet_is_trained_as_its_configuration_says(tmp_path):
@@ -306,19 +305,15 @@ def test_the_target_does_not_depend_on_the_prophet():
         (lambda: compare_strategies.CompareConfig(temperatures=(1, 1.0)), "temperatures must be different ones, got"),
         (lambda: compare_costs.CostConfig(gammas=(2, 2)), "gammas must be different ones, got 2 2"),
         (lambda: benchmark_decoding.Config(batches=(1, 1)), "batches must be different ones, got 1 1"),
-        (lambda: compare_strategies.CompareConfig(repeats=0), "repeats must be at least 1, got 0"),
         (lambda: compare_strategies.CompareConfig(temperatures=(math.nan,)), "temperatures must be at least 0, got"),
         (lambda: compare_strategies.CompareConfig(temperatures=(1.0, math.inf)), "temperatures must be finite, got"),
         (lambda: compare_strategies.main(["--batches", "5000"]), "repeats · batches must be at most .*, got 15000"),
-        (lambda: compare_strategies.CompareConfig(steps=0), "steps must be at least 1, got 0"),
-        (lambda: compare_costs.CostConfig(gammas=(0,)), "gammas must be at least 1, got"),
         (lambda: compare_costs.CostConfig(draft_depth=6), "draft_depth must be in .1, depth = 6., got 6"),
         (lambda: DistillationConfig(prompt_length=0), "distillation.prompt_length must be at least 1, got 0"),
         (lambda: compare_strategies.CompareConfig(preset="gpu"), "preset must be one of cpu, enwik8, got 'gpu'"),
         (lambda: compare_strategies.CompareConfig(gammas=()), "gammas must have at least one value"),
         (lambda: compare_prophet_training.CompareConfig(seeds=1), "seeds must be at least 2, got 1"),
         (lambda: compare_prophet_training.CompareConfig(dim=48), "dim must be at least 64, .* got 48"),
-        (lambda: compare_costs.CostConfig(repeats=0), "repeats must be at least 1, got 0"),
         (lambda: benchmark_decoding.Config(batches=(1, 0)), "batches must be at least 1, got .1, 0."),
         (lambda: benchmark_decoding.Config(dtype="bfloat16", with_torch=True), "dtype must be float32 to compare with"),
         (

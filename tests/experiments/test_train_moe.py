@@ -25,7 +25,7 @@ from experiments.samples import ByteText
 from experiments.train_state import num_parameters
 from spec_jax import DecoderConfig
 from spec_jax.losses import next_token_loss
-from tests.experiments.runs import tiny_config, train
+from tests.experiments.runs import leaves, tiny_config, train
 
 TARGET = DecoderConfig(dim=16, depth=2, heads=1, dim_head=16, ff_mult=2)
 EXPERTS = ExpertsConfig(num_experts=4, hidden=8)
@@ -182,8 +182,7 @@ def test_without_a_preset_all_variants_are_compared(monkeypatch: pytest.MonkeyPa
 def test_another_seed_has_other_weights(tmp_path):
     first, second = (train_moe.make_models(moe_config(tmp_path, seed=seed)) for seed in (0, 1))
     for name in first:
-        pairs = zip(jax.tree.leaves(first[name]), jax.tree.leaves(second[name]), strict=True)
-        assert any((x != y).any() for x, y in pairs), name
+        assert any((x != y).any() for x, y in zip(leaves(first[name]), leaves(second[name]), strict=True)), name
 
 
 @pytest.mark.slow
