@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import pathlib
 import re
 import struct
 import sys
@@ -19,7 +20,7 @@ from experiments import metrics, train_draft, training
 from experiments.data import load_text, validation_batches
 from experiments.generate import load_run
 from experiments.metrics import Metrics, read_metrics
-from experiments.output import CONFIGURATION, prepare_output, read_configuration, write_configuration
+from experiments.output import CONFIGURATION, prepare_output, read_configuration, write_configuration, write_whole
 from experiments.train_state import num_parameters
 from tests.experiments.runs import steps_kept, tiny_config, train
 
@@ -239,3 +240,20 @@ def test_what_is_printed_of_a_run(tmp_path):
     assert f"parameters: {sizes}; 8 device(s); from step 0 to 2" in printed
     (loss,) = (record["train/loss"] for record in read_metrics(config.output) if "train/loss" in record)
     assert f"loss {loss:.3f} ·" in printed
+
+
+def test_a_file_is_as_it_was_or_whole(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    (tmp_path / "a").write_text("old")
+    monkeypatch.setattr(pathlib.Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "old"
+
+
+def test_overwriting_a_run_takes_its_weights_and_biases_too(tmp_path):
+    (tmp_path / metrics.WANDB).mkdir()
+    prepare_output(tmp_path, resume=False, overwrite=True)
+    assert not (tmp_path / metrics.WANDB).exists()

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import pathlib
+import types
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from experiments import (
     compare_costs,
     compare_prophet_training,
     compare_strategies,
+    decoding_run,
     train_draft,
     train_early_exit,
     train_prophet,
@@ -325,6 +327,53 @@ def test_the_target_does_not_depend_on_the_prophet():
 def test_bad_input(make: Any, message: str):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_the_prophets_effect_by_hand(tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """The last validation of each run, and its difference from the target alone: mean, standard error, runs better."""
+    bits = {"target alone": (3.0, 3.5), "prophet, detached": (3.0, 3.5), "prophet": (2.9, 3.2)}
+    curves = {way: [[(2, last + 1 + run), (4, last)] for run, last in enumerate(runs)] for way, runs in bits.items()}
+    drawn = []
+    monkeypatch.setattr(compare_prophet_training, "curves_of", lambda *_: curves)
+    monkeypatch.setattr(compare_prophet_training, "save_panels", lambda _, grid: drawn.extend(grid[0]))
+    monkeypatch.setenv("COLUMNS", "200")
+    assert compare_prophet_training.main(["--seeds", "2", "--output", str(tmp_path)]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("│ prophet  "))
+    cells = [cell.strip() for cell in line.split("│")[1:-1]]
+    assert cells == ["prophet", "3.0500 ± 0.1500", "-0.2000 ± 0.1000", "2"]
+    mean, difference = drawn
+    np.testing.assert_allclose(mean.lines["prophet"], [(2, 4.55), (4, 3.05)])
+    np.testing.assert_allclose(difference.lines["prophet"], [(2, -0.2), (4, -0.2)], atol=1e-9)
+
+
+def test_costs_are_of_the_models_asked_for(
+    tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """And a round's cost is its draft's, token for token, and its scoring."""
+    told = []
+
+    def spy(target: Any, drafters: Any, prompt: Any, *, repeats: int, **_: Any) -> dict[str, tuple[float, float]]:
+        told.append((target, drafters, repeats))
+        return dict.fromkeys(drafters, (0.25, 1.5))
+
+    monkeypatch.setattr(compare_costs, "measure_costs", spy)
+    arguments = ["--dim", "64", "--depth", "4", "--draft-depth", "2", "--gammas", "3", "--repeats", "7"]
+    assert compare_costs.main([*arguments, "--output", str(tmp_path / "costs.json")]) == 0
+    ((target, drafters, repeats),) = told
+    assert (target.config.depth, target.config.early_exit_layer, repeats) == (4, 2, 7)
+    assert drafters["small draft"].draft.config.depth == 2
+    assert "2.25 (0.25, 1.50)" in capsys.readouterr().out
+
+
+def test_samples_are_drafted_as_long_as_asked_for(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    drafted = []
+    monkeypatch.setattr(
+        decoding_run, "print_samples", lambda _, __, drafter, *___, **____: drafted.append(drafter.gamma)
+    )
+    text: Any = types.SimpleNamespace(validation=np.zeros(99, np.uint8))
+    task = train_draft.task(draft_config(tmp_path, gamma=3, prompt_length=4))
+    task.on_sample({"target": None, "draft": None}, text, 1, Console(quiet=True))
+    assert drafted == [3]
 
 
 def test_a_file_may_not_be_a_new_folder(tmp_path):

@@ -329,3 +329,12 @@ def test_batches_are_those_of_the_seed_and_the_step(tmp_path, monkeypatch: pytes
     monkeypatch.setattr(training, "shard_rows", spy)
     train(config)
     np.testing.assert_array_equal(read, [batch_of(config, step) for step in (0, 1)])
+
+
+def test_a_finished_run_that_is_resumed_makes_its_report(tmp_path):
+    config = tiny_config(tmp_path, steps=2, prompt_length=8)
+    train(config)
+    reported = []
+    task = dataclasses.replace(train_draft.task(config), on_report=lambda *_: reported.append(None))
+    train(dataclasses.replace(config, resume=True, report=True), task)
+    assert len(reported) == 1
