@@ -123,23 +123,7 @@ def run(config: RunConfig, task: Task, console: Console | None = None, *, go_on:
     if task.origin is not None and not config.resume:
         _check_origin(task.origin, config)
     with contextlib.ExitStack() as held:
-        # A run is read by all processes or none: Orbax lets those that open checkpoints wait for each other.
-        if first_process or config.resume:
-            # Process 0 holds it for all.
-            prepare_output(
-                config.output,
-                resume=config.resume,
-                overwrite=config.overwrite,
-                held=held if first_process else None,
-            )
-        if first_process and not config.resume:
-            write_configuration(config.output, configuration)
-        if config.resume:
-            # Refused before the log is cut and before temporary folders of the old run are swept up.
-            with open_run(config.output) as checkpoints:
-                step = checkpoints.require_latest()
-                checkpoints.check(step, configuration)
-            _check_steps(step, config)
+        _take_folder(config, configuration, held if first_process else None)
         _wait_for_all("output")
 
         def on_sample(models: Models, done: int) -> None:
@@ -176,6 +160,25 @@ def run(config: RunConfig, task: Task, console: Console | None = None, *, go_on:
                     raise
         _wait_for_all("report")
         return 0
+
+
+def _take_folder(config: RunConfig, configuration: dict[str, Any], held: contextlib.ExitStack | None) -> None:
+    """Makes the output folder ready, which process 0 holds for all: `held` is None for the others.
+
+    Raises:
+      ValueError: it holds something else than this run, or what cannot be read.
+    """
+    # A run is read by all processes or none: Orbax lets those that open checkpoints wait for each other.
+    if held is not None or config.resume:
+        prepare_output(config.output, resume=config.resume, overwrite=config.overwrite, held=held)
+    if config.resume:
+        # Refused before the log is cut and before temporary folders of the old run are swept up.
+        with open_run(config.output) as checkpoints:
+            step = checkpoints.require_latest()
+            checkpoints.check(step, configuration)
+        _check_steps(step, config)
+    elif held is not None:
+        write_configuration(config.output, configuration)
 
 
 def finish(config: RunConfig, task: Task, console: Console) -> int:

@@ -65,3 +65,16 @@ def test_what_is_measured_is_reported(tmp_path: pathlib.Path, monkeypatch: pytes
 def test_memory_is_read_as_many_bytes_as_are_said():
     call, read = benchmark_decoding.memory_read(2**-10)
     assert call(0) == read / 4 == 2**18
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: benchmark_decoding.Config(batches=(1, 1)), "batches must be different ones, got 1 1"),
+        (lambda: benchmark_decoding.Config(batches=(1, 0)), "batches must be at least 1, got .1, 0."),
+        (lambda: benchmark_decoding.Config(dtype="bfloat16", with_torch=True), "dtype must be float32 to compare with"),
+    ],
+)
+def test_bad_input(make: Any, message: str):
+    with pytest.raises(ValueError, match=message):
+        make()

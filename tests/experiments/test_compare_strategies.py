@@ -2,6 +2,8 @@
 
 import dataclasses
 import io
+import json
+import math
 import pathlib
 import re
 import types
@@ -12,9 +14,11 @@ import pytest
 from rich.console import Console
 
 import spec_jax
-from experiments import compare_strategies
+from experiments import compare_strategies, train_draft, train_early_exit, train_prophet
 from experiments.compare_strategies import PROSE, CompareConfig, Row, kept_cell, panels, print_rows, prompts_of
 from experiments.search_layer_skip import Found
+from tests.experiments.runs import tiny_config
+from tests.experiments.strategies import early_exit_config, prophet_config
 from tests.experiments.test_report import measurement
 
 
@@ -194,3 +198,64 @@ def test_repetitive_text_is_sixteen_bytes_of_the_test_text(monkeypatch: pytest.M
         assert row.shape == (40,)
         np.testing.assert_array_equal(row[16:], row[:24])
         np.testing.assert_array_equal(np.diff(row[:16].astype(int)) % 256, 1)
+
+
+def test_prose_and_code_are_told_apart():
+    code, prose = b"x[i] = {(a+b)*c};\n#%$@ 01234_56789|==>>", b"the quick brown fox jumps over the lazy dog, and"
+    split = np.frombuffer((code * 40 + prose * 40) * 20, np.uint8)
+    for kind, share in (("code", 0.5), ("prose", 0.95)):
+        rows = compare_strategies.prompts_of(split, kind, count=6, length=32)
+        assert rows.shape == (6, 32)
+        found = compare_strategies.PROSE[rows].mean(axis=1)
+        assert ((found < share) if kind == "code" else (found > share)).all()
+
+
+@pytest.mark.slow
+def test_all_strategies_are_compared(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """From training to table, JSON and figure; a second start trains, searches and measures nothing again."""
+    changes: dict[str, Any] = {"prompt_length": 16, "steps": 2, "checkpoint_every": 2}
+    for module, config in (
+        (train_draft, tiny_config(tmp_path, **changes)),
+        (train_early_exit, early_exit_config(tmp_path, **changes)),
+        (train_prophet, prophet_config(tmp_path, **changes)),
+    ):
+        monkeypatch.setitem(module.PRESETS, "cpu", ("tiny", config))
+    output = tmp_path / "strategies"
+    arguments = ["--output", str(output), "--gammas", "1", "2", "--batches", "2", "--repeats", "1"]
+    arguments += ["--generate-length", "8", "--temperatures", "1"]
+    assert compare_strategies.main(arguments) == 0
+    rows = json.loads((output / "strategies.json").read_text())["rows"]
+    places = {(row["strategy"], row["text"], row["batch"], row["gamma"]) for row in rows}
+    names = ("small draft", "early exit", "prophet", "n-gram", "layer skip")
+    assert places >= {(n, text, 2, g) for n in names for text in ("code", "prose") for g in (1, 2)}
+    assert {row["text"] for row in rows} == {"code", "prose", "repetitive", "noise"}
+    chosen = {row["text"]: row["temperature"] for row in rows if row["text"] in ("repetitive", "noise")}
+    assert chosen == {"repetitive": 0.0, "noise": 5.0}
+    assert (output / "strategies.png").read_bytes().startswith(b"\x89PNG")
+    for again in ("measure_decoding", "measure_costs", "searched_layers"):
+        monkeypatch.delattr(compare_strategies, again)
+    (output / "strategies.png").unlink()
+    trained = (output / "prophet" / "metrics.jsonl").stat().st_mtime_ns
+    assert compare_strategies.main(arguments) == 0
+    assert (output / "prophet" / "metrics.jsonl").stat().st_mtime_ns == trained
+    assert json.loads((output / "strategies.json").read_text())["rows"] == rows
+    assert (output / "strategies.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: compare_strategies.CompareConfig(gammas=(0, 1)), "gammas must be at least 1, got"),
+        (lambda: compare_strategies.CompareConfig(gammas=(2, 3, 2)), "gammas must be different ones, got 2 3 2"),
+        (lambda: compare_strategies.CompareConfig(batches=(1, 1)), "batches must be different ones, got 1 1"),
+        (lambda: compare_strategies.CompareConfig(temperatures=(1, 1.0)), "temperatures must be different ones, got"),
+        (lambda: compare_strategies.CompareConfig(temperatures=(math.nan,)), "temperatures must be at least 0, got"),
+        (lambda: compare_strategies.CompareConfig(temperatures=(1.0, math.inf)), "temperatures must be finite, got"),
+        (lambda: compare_strategies.main(["--batches", "5000"]), "repeats · batches must be at most .*, got 15000"),
+        (lambda: compare_strategies.CompareConfig(preset="gpu"), "preset must be one of cpu, enwik8, got 'gpu'"),
+        (lambda: compare_strategies.CompareConfig(gammas=()), "gammas must have at least one value"),
+    ],
+)
+def test_bad_input(make: Any, message: str):
+    with pytest.raises(ValueError, match=message):
+        make()
