@@ -1,4 +1,4 @@
-"""What the comparison of strategies makes of measurements: cells that are kept, a table and panels, by hand."""
+"""The comparison of strategies: what it measures, cells that are kept, a table and panels by hand, and the whole."""
 
 import dataclasses
 import io
