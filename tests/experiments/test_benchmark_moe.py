@@ -10,9 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from experiments import benchmark_moe, moe_programs
+from experiments import benchmark_moe, moe_programs, moe_tables
 from experiments.peak_memory import peak_memory
+from experiments.train_state import num_parameters
+from moe_jax import MoE, MoEConfig
 
 
 def tiny(folder: pathlib.Path, *sections: benchmark_moe.Section) -> benchmark_moe.Config:
@@ -55,6 +58,8 @@ def test_meshes_are_read_from_their_programs(tmp_path: pathlib.Path, capsys: pyt
     assert list(report) == ["mesh"]
     alone, rows = report["mesh"]["rows"][:2], report["mesh"]["rows"][2:]
     assert [row["all_to_alls"] for row in alone] == [0, 0]
+    layer = nnx.eval_shape(lambda: MoE(MoEConfig(dim=8, num_experts=4), rngs=nnx.Rngs(0)))
+    assert [row["argument_bytes"] for row in alone] == [4 * (num_parameters(layer) + 32 * 8)] * 2
     assert [(row["mesh"], row["all_to_alls"]) for row in rows] == [("1x2", 2), ("1x2", 4), ("2x2", 2), ("2x2", 4)]
     for row in rows:
         # floor(32 · 1.25 / 4) slots for each of 4 experts, of which half stay.
@@ -180,6 +185,31 @@ def test_times_are_milliseconds_and_ratios_of_one_repeat_each(monkeypatch: pytes
         "over_base_median": {"base": 1, "other": pytest.approx(2)},
         "over_base_of_minima": {"base": 1, "other": pytest.approx(2)},
     }
+
+
+def test_tables_have_the_units_that_they_name(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setenv("COLUMNS", "200")
+    moe_tables.print_meshes(
+        [
+            {
+                "mesh": "1x2",
+                "mode": "forward",
+                "all_to_alls": 2,
+                "all_to_all_bytes": 3e6,
+                "buffer_bytes": 1.5e6,
+                "other_bytes": 4e3,
+                "flops": 5e9,
+                "argument_bytes": 6e6,
+            }
+        ]
+    )
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "1x2" in line)
+    assert line.replace("│", "").split() == ["1x2", "forward", "2", "3.00", "2.00", "0.004", "5.00", "6.00"]
+    times = {"milliseconds_min": {"a": 12.34}, "milliseconds_median": {"a": 150.2}, "over_base_median": {"a": 1.5}}
+    moe_tables.print_section("dense", [{"base": "a", "mode": "forward", **times}])
+    shown = capsys.readouterr().out
+    assert "12.3 (150)" in shown
+    assert "1.50 ×" in shown
 
 
 def test_a_gigabyte_of_gradients_is_there_before_it_is_timed(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):

@@ -257,7 +257,13 @@ def test_log_in_page_does_not_cost_the_part(server, small, tmp_path):
     assert part_of(tmp_path).read_bytes() == ARCHIVE[:1000]
 
 
-@pytest.mark.parametrize(("status", "requests"), [("404", 1), ("403", 1), ("204", 1), ("429", 3), ("503", 3)])
+@pytest.mark.parametrize(
+    ("status", "requests"),
+    [
+        *((status, 1) for status in ("404", "403", "204")),
+        *((status, 3) for status in ("408", "425", "429", "500", "502", "503", "504")),
+    ],
+)
 def test_statuses_are_retried_where_that_may_help(server, small, tmp_path, status, requests):
     server.plan[0] = status
     with pytest.raises(ValueError, match=rf"HTTP Error {status}|\(status {status}\)"):

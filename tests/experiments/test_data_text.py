@@ -125,6 +125,7 @@ def test_folder_and_zip_take_visible_text_in_the_order_of_names(tmp_path, cache)
         "b/10": b"ten\n",
         "a": b"caf\xe9 in Latin-1\n",
         "c/empty": b"",
+        "c/late": b"x" * 8192 + b"\0 behind what is looked at\n",
         "d": b"last",
         ".hidden": b"hidden\n",
         ".git/config": b"hidden too\n",
@@ -136,7 +137,7 @@ def test_folder_and_zip_take_visible_text_in_the_order_of_names(tmp_path, cache)
     (tmp_path / "folder" / "broken").symlink_to(tmp_path / "nowhere")
     os.mkfifo(tmp_path / "folder" / "pipe")
     archive = write_zip(tmp_path / "folder.zip", members)
-    expected = b"caf\xe9 in Latin-1\nten\ntwo, without a newline\nlast"
+    expected = b"caf\xe9 in Latin-1\nten\ntwo, without a newline\n" + members["c/late"] + b"last"
     assert whole(load_text(tmp_path / "folder", cache=cache)) == expected
     assert whole(load_text(archive, cache=cache)) == expected
 
@@ -299,6 +300,7 @@ BAD = {
     "zip with a name of no letters": (write_misnamed, "must be a whole zip file .*x.zip"),
     "empty zip": (lambda p: write_zip(p / "x.zip", {}), "data must hold text"),
     "tar": (lambda p: write_gzip(p / "x.tar.gz"), "got '.*x.tar.gz': unpack it, give the folder"),
+    "tgz": (lambda p: write_gzip(p / "x.tgz"), "got '.*x.tgz': unpack it, give the folder"),
 }
 
 

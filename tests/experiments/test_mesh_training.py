@@ -202,6 +202,19 @@ def test_dense_runs_with_feed_forwards_in_other_layers_are_not_upcycled(every: i
         upcycled(dense, ExpertsConfig(every=2, hidden=23, add_ff_after=False), rngs=nnx.Rngs(0))
 
 
+def test_runs_of_other_models_are_not_upcycled(tmp_path):
+    experts = ExpertsConfig(every=2, hidden=16, add_ff_after=False)
+    config = config_of(tmp_path, upcycle_from=tmp_path, experts=experts)
+    origin: Any = train_moe.origin(config)
+    with pytest.raises(ValueError, match=r"must be a run of train_moe, got .*, a run of train_draft"):
+        origin.models_of({"kind": "train_draft"})
+    other = dataclasses.replace(
+        config, upcycle_from=None, experts=dataclasses.replace(experts, kind="equal_flops"), draft=SMALL
+    )
+    with pytest.raises(ValueError, match=r"draft must be that of .*: draft\.depth: expected 2, got 1"):
+        origin.convert(nnx.eval_shape(lambda: train_moe.make_models(other)))
+
+
 @pytest.mark.slow
 def test_upcycling_starts_where_the_dense_run_ended(tmp_path):
     dense = dense_run(tmp_path)

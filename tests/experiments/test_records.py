@@ -20,7 +20,14 @@ from experiments import metrics, train_draft, training
 from experiments.data import load_text, validation_batches
 from experiments.generate import load_run
 from experiments.metrics import Metrics, read_metrics
-from experiments.output import CONFIGURATION, prepare_output, read_configuration, write_configuration, write_whole
+from experiments.output import (
+    CONFIGURATION,
+    make_folder,
+    prepare_output,
+    read_configuration,
+    write_configuration,
+    write_whole,
+)
 from experiments.train_state import num_parameters
 from tests.experiments.runs import steps_kept, tiny_config, train
 
@@ -257,3 +264,9 @@ def test_overwriting_a_run_takes_its_weights_and_biases_too(tmp_path):
     (tmp_path / metrics.WANDB).mkdir()
     prepare_output(tmp_path, resume=False, overwrite=True)
     assert not (tmp_path / metrics.WANDB).exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of Linux only")
+def test_a_folder_that_takes_no_files_is_refused():
+    with pytest.raises(ValueError, match="output must be a folder that can be written, got /proc/self: "):
+        make_folder(pathlib.Path("/proc/self"))

@@ -3,9 +3,12 @@
 import os
 import subprocess
 import sys
+from typing import Any
 
+import jax
 import pytest
 
+from experiments.runtime import use_compilation_cache
 from experiments.start import VARIABLE
 
 
@@ -89,3 +92,16 @@ def test_a_letter_that_a_terminal_lacks_costs_no_result():
     )
     done = run(program, PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stdout, done.stderr) == (0, "? 5\n? 2\n", "")
+
+
+@pytest.mark.parametrize("given", [None, "/given"])
+def test_compiled_programs_are_kept_in_the_users_cache(given: str | None, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPEC_JAX_CACHE", str(tmp_path))
+    config: Any = jax.config
+    before = config.jax_compilation_cache_dir
+    config.update("jax_compilation_cache_dir", given)
+    try:
+        use_compilation_cache()
+        assert config.jax_compilation_cache_dir == (given or str(tmp_path / "jax"))
+    finally:
+        config.update("jax_compilation_cache_dir", before)
