@@ -99,6 +99,12 @@ def test_the_originals_preset():
     assert (config.sample_every, config.validate_every) == (500, 100)
 
 
+def test_the_demos_preset():
+    _, config = PRESETS["cpu"]
+    assert (config.data, config.steps) == ("stdlib", 150)
+    assert (config.target.dim, config.target.depth, config.draft.dim, config.draft.depth) == (384, 6, 128, 1)
+
+
 def rates(config, steps):
     """The size of Adam's step for a gradient that never changes is the learning rate."""
     optimizer = config.optimizer()
