@@ -107,12 +107,17 @@ def over_rows(tree: Tree) -> Tree:
 
 
 def over_heads(features: jax.Array, axis: int) -> jax.Array:
-    """The same array, the named axis over `model` of the mesh in force, where there is one that divides it."""
+    """The same (..., H) array, the named axis over `model` of the mesh in force, where there is one.
+
+    Heads that it does not divide are whole on each of its devices. Left to itself, the compiler would cut within them,
+    and gather the whole caches in every round.
+    """
     size = _axis_size(MODEL)
-    if size == 1 or features.shape[axis] % size:
+    if size == 1:
         return features
     axes: list[Any] = [PartitionSpec.UNCONSTRAINED] * features.ndim
-    axes[axis] = MODEL
+    axes[axis] = None if features.shape[axis] % size else MODEL
+    axes[-1] = None
     return jax.lax.with_sharding_constraint(features, PartitionSpec(*axes))
 
 

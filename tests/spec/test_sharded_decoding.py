@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from spec_jax import (
     Decoder,
+    DecoderConfig,
     Drafter,
     NGram,
     Sampling,
@@ -40,6 +41,9 @@ MESHES: dict[str, dict[str, int]] = {
     "both": {"data": 4, "model": 2},
     "others": {"expert": 2, "data": 2},
 }
+FOUR = {"data": 2, "model": 4}
+COLLECTIVES = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+SLOTS = 128
 SAMPLINGS = {"coupled": Sampling(), "greedy": Sampling(temperature=0.0)}
 PROMPTS, LENGTHS = ragged_prompts(3, 16, 12)
 
@@ -101,6 +105,21 @@ def test_every_strategy_equals_one_device(name: str):
 @pytest.mark.parametrize(("mesh", "rows"), [({"data": 4}, 11), ({"data": 4, "model": 2}, 2)], ids=str)
 def test_rows_that_the_mesh_does_not_divide(mesh: dict[str, int], rows: int):
     check_equal(SMALL, "coupled", decoded_over(mesh_of(mesh), SMALL, "coupled", rows=rows), rows=rows)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 1)])
+def test_heads_that_the_mesh_does_not_divide(heads: int, kv_heads: int, kind: AxisType):
+    target = transformer(0, dataclasses.replace(CONFIG, heads=heads, kv_heads=kv_heads))
+    chosen = arguments("coupled")
+    alone = base_decoding(target, PROMPTS, **chosen)
+    mesh = mesh_of(FOUR, kind)
+    placed = jax.device_put(target, decoder_shardings(target, mesh))
+    with jax.set_mesh(mesh):
+        result = base_decoding(placed, PROMPTS, **chosen)
+    found = compare(target, PROMPTS, LENGTHS, chosen["sampling"], chosen["key"], result, alone)
+    assert found.diverged == 0
+    assert found.different <= 1
 
 
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=list(MESHES))
@@ -205,9 +224,9 @@ def test_another_target_gives_other_tokens():
     assert found.diverged > len(PROMPTS) / 2
 
 
-def prepared_on(mesh: Mesh) -> tuple[Any, ...]:
+def prepared_on(mesh: Mesh, config: DecoderConfig = CONFIG) -> tuple[Any, ...]:
     """Target, drafter, prompts, their lengths and the request."""
-    target, drafter = models(SMALL)
+    target, drafter = transformer(0, config), SmallModel(transformer(1, config), gamma=GAMMA)
     target, drafter = (jax.device_put(model, decoder_shardings(model, mesh)) for model in (target, drafter))
     chosen = arguments("coupled")
     prepared = decoding._prepare(
@@ -216,25 +235,24 @@ def prepared_on(mesh: Mesh) -> tuple[Any, ...]:
     return target, drafter, prepared.prompt_bp, prepared.prompt_length_b, prepared.request
 
 
-def compiled(mesh: Mesh) -> str:
+def compiled(mesh: Mesh, config: DecoderConfig = CONFIG) -> str:
     """The compiled decoding."""
     with jax.set_mesh(mesh):
-        lowered = decoding.compiled_decode.lower(*prepared_on(mesh), size=128, width=64)
+        lowered = decoding.compiled_decode.lower(*prepared_on(mesh, config), size=SLOTS, width=64)
         return lowered.compile().as_text() or ""
 
 
-def compiled_round(mesh: Mesh) -> str:
+def compiled_round(mesh: Mesh, config: DecoderConfig = CONFIG) -> str:
     """The compiled round of `stream`."""
     with jax.set_mesh(mesh):
-        target, drafter, *prompts, request = prepared_on(mesh)
-        state = decoding.compiled_start(target, drafter, *prompts, request, size=128)
+        target, drafter, *prompts, request = prepared_on(mesh, config)
+        state = decoding.compiled_start(target, drafter, *prompts, request, size=SLOTS)
         return decoding.compiled_round.lower(target, drafter, state, request).compile().as_text() or ""
 
 
 def collectives(program: str) -> dict[str, int]:
     """How often each kind of communication stands in it."""
-    kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
-    names = re.findall(rf" ({kinds})(?:-start)?\(", program)
+    names = re.findall(rf" ({COLLECTIVES})(?:-start)?\(", program)
     return {name: names.count(name) for name in set(names)}
 
 
@@ -252,6 +270,16 @@ def test_no_cache_is_gathered(program: Callable[[Mesh], str]):
     returned = collectives(explicit)
     assert returned.pop("all-gather") == len(re.findall(r"(?:s32|pred)\[\d+(?:,\d+)?\]\S* all-gather\(", explicit))
     assert returned == found
+
+
+@pytest.mark.parametrize("program", [compiled, compiled_round])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 1)])
+def test_no_cache_is_gathered_of_heads_that_the_mesh_does_not_divide(
+    program: Callable[..., str], heads: int, kv_heads: int
+):
+    text = program(mesh_of(FOUR), dataclasses.replace(CONFIG, heads=heads, kv_heads=kv_heads))
+    assert re.search(rf"f32\[[^\]]*\b{SLOTS}\b", text)
+    assert not re.search(rf"f32\[[^\]]*\b{SLOTS}\b[^\]]*\]\S* (?:{COLLECTIVES})", text)
 
 
 def place(weight: Any) -> NamedSharding:
