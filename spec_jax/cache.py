@@ -73,8 +73,8 @@ class KVCache:
         Lengths stay because every layer of one forward appends at the same place: the caller advances them once,
         with `with_length`. Positions past the last slot are dropped.
         """
-        keys = over_heads(append_slots(self.keys[layer], keys_bkth, self.length_b), 1)
-        values = over_heads(append_slots(self.values[layer], values_bkth, self.length_b), 1)
+        keys = over_heads(append_slots(self.keys[layer], keys_bkth, self.length_b))
+        values = over_heads(append_slots(self.values[layer], values_bkth, self.length_b))
         return dataclasses.replace(
             self,
             keys=(*self.keys[:layer], keys, *self.keys[layer + 1 :]),

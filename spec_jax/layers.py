@@ -88,7 +88,7 @@ class Attention(nnx.Module):
         key_btkh = rotate(rearrange(key, "b t (k h) -> b t k h", k=config.num_kv_heads), rotary)
         value_bkth = rearrange(value, "b t (k h) -> b k t h", k=config.num_kv_heads)
         key_bkth = key_btkh.transpose(0, 2, 1, 3)
-        return over_heads(query_btnh, 2), over_heads(key_bkth, 1), over_heads(value_bkth, 1)
+        return query_btnh, over_heads(key_bkth), over_heads(value_bkth)
 
     def attend(
         self, query_btnh: jax.Array, keys_bksh: jax.Array, values_bksh: jax.Array, position_bt: jax.Array

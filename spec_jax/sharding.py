@@ -106,19 +106,17 @@ def over_rows(tree: Tree) -> Tree:
     return jax.tree.map(_rows_constrained, tree)
 
 
-def over_heads(features: jax.Array, axis: int) -> jax.Array:
-    """The same (..., H) array, the named axis over `model` of the mesh in force, where there is one.
+def over_heads(x_bksh: jax.Array) -> jax.Array:
+    """The same keys or values, their heads over `model` of the mesh in force, where there is one.
 
     Heads that it does not divide are whole on each of its devices. Left to itself, the compiler would cut within them,
     and gather the whole caches in every round.
     """
     size = _axis_size(MODEL)
     if size == 1:
-        return features
-    axes: list[Any] = [PartitionSpec.UNCONSTRAINED] * features.ndim
-    axes[axis] = None if features.shape[axis] % size else MODEL
-    axes[-1] = None
-    return jax.lax.with_sharding_constraint(features, PartitionSpec(*axes))
+        return x_bksh
+    free, heads = PartitionSpec.UNCONSTRAINED, None if x_bksh.shape[1] % size else MODEL
+    return jax.lax.with_sharding_constraint(x_bksh, PartitionSpec(free, heads, free, None))
 
 
 def _rows_constrained(x: jax.Array) -> jax.Array:
