@@ -11,7 +11,7 @@ from flax import nnx
 
 from spec_jax.cache import KVCache
 from spec_jax.config import DecoderConfig
-from spec_jax.sharding import over_heads
+from spec_jax.sharding import over_heads, over_rows
 
 FeedForwardFactory = Callable[[int, nnx.Rngs], nnx.Module]
 """Makes the feed-forward of a block from (layer index, rngs): a module called as `module(hidden_btd) -> (B, T, D)`,
@@ -59,11 +59,15 @@ class Block(nnx.Module):
         cache: KVCache | None,
     ) -> tuple[jax.Array, KVCache | None]:
         """T positions through the attention, their keys and values appended to this layer's slots of the cache."""
+        if cache is None:
+            return hidden_btd + self.attention.attend(*self.attention.project(hidden_btd, rotary), position_bt), None
+        # A layer of experts may spread its tokens over more devices than divide the rows. The compiler would spread the
+        # attention with them, and gather the whole caches behind it.
+        hidden_btd = over_rows(hidden_btd)
         query_btnh, key_bkth, value_bkth = self.attention.project(hidden_btd, rotary)
-        if cache is not None:
-            cache = cache.append(self.layer, key_bkth, value_bkth)
-            key_bkth, value_bkth = cache.keys[self.layer], cache.values[self.layer]
-        return hidden_btd + self.attention.attend(query_btnh, key_bkth, value_bkth, position_bt), cache
+        cache = cache.append(self.layer, key_bkth, value_bkth)
+        keys_bksh, values_bksh = cache.keys[self.layer], cache.values[self.layer]
+        return hidden_btd + over_rows(self.attention.attend(query_btnh, keys_bksh, values_bksh, position_bt)), cache
 
 
 class Attention(nnx.Module):

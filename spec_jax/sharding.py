@@ -1,4 +1,4 @@
-"""Decoding over a device mesh: rows over its axis `data`, heads and hidden units over its axis `model`.
+"""Decoding over a device mesh: rows over its axes `data` and `expert`, heads and hidden units over its axis `model`.
 
     mesh = jax.make_mesh((4, 2), ("data", "model"))
     target, draft = (jax.device_put(m, decoder_shardings(m, mesh)) for m in (target, draft))
@@ -6,9 +6,10 @@
         result = speculative_decoding(target, SmallModel(draft), prompts, ...)
 
 The loop says where rows lie and the weights say the rest; the compiler puts the communication in between. A mesh may
-have either axis, both, or others besides, which are left alone. Axes may be Auto or Explicit: the loop has them Auto
-within and returns tokens and counts on every device. A `Decoder` called by itself follows JAX's rules of Explicit axes;
-`left_to_compiler` is for losses that call it. Nothing here changes what is computed.
+have any of these axes, or others besides, which are left alone. (Over `expert` a layer of experts splits its tokens,
+too.) Axes may be Auto or Explicit: the loop has them Auto within and returns tokens and counts on every device. A
+`Decoder` called by itself follows JAX's rules of Explicit axes; `left_to_compiler` is for losses that call it. Nothing
+here changes what is computed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-DATA, MODEL = "data", "model"
+ROWS, MODEL = ("data", "expert"), "model"
 Tree = TypeVar("Tree")
 Arguments = ParamSpec("Arguments")
 
@@ -99,9 +100,9 @@ def left_to_compiler(call: Callable[Arguments, Tree]) -> Callable[Arguments, Tre
 
 
 def over_rows(tree: Tree) -> Tree:
-    """The same arrays, the first axis of each over `data` of the mesh in force, where there is one.
+    """The same arrays, the first axis of each over `data` and `expert` of the mesh in force, where there are any.
 
-    Rows that it does not divide are on every device.
+    Rows are whole over an axis that does not divide them.
     """
     return jax.tree.map(_rows_constrained, tree)
 
@@ -120,15 +121,24 @@ def over_heads(x_bksh: jax.Array) -> jax.Array:
 
 
 def _rows_constrained(x: jax.Array) -> jax.Array:
-    size = _axis_size(DATA)
     # A drafter's state may have numbers of Python.
-    if size == 1 or not jnp.ndim(x):
+    if not jnp.ndim(x) or all(_axis_size(name) == 1 for name in ROWS):
         return x
     # Further axes of caches and hidden states may be cut. Of tokens and counts they are not worth it, and left to the
     # compiler they may be cut in a way that no mesh describes.
     further = PartitionSpec.UNCONSTRAINED if x.ndim > 2 else None
-    rows = DATA if x.shape[0] % size == 0 else None
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(rows, *[further] * (x.ndim - 1)))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(_row_axes(len(x)), *[further] * (x.ndim - 1)))
+
+
+def _row_axes(rows: int, kind: AxisType = AxisType.Auto) -> tuple[str, ...]:
+    """What of the mesh in force so many rows are split over."""
+    chosen, devices = [], 1
+    for name in ROWS:
+        size = _axis_size(name, kind)
+        if size > 1 and rows % (devices * size) == 0:
+            chosen.append(name)
+            devices *= size
+    return tuple(chosen)
 
 
 def _check_not_split(x: Any) -> None:
@@ -153,21 +163,21 @@ def _of_auto_axes(x: Any) -> Any:
 def _of_explicit_axes(x: Any) -> Any:
     if not isinstance(x, jax.Array):
         return x
-    mesh = jax.sharding.get_abstract_mesh()
-    names = (DATA, MODEL) if x.ndim == 4 else (DATA,) if x.ndim == 3 else ()
-    cut = [
-        name if name in mesh.explicit_axes and size % mesh.shape[name] == 0 else None
-        for name, size in zip(names, x.shape)
-    ]
+    cut: list[Any] = [None] * x.ndim
+    if x.ndim in (3, 4):
+        cut[0] = _row_axes(len(x), AxisType.Explicit)
+    if x.ndim == 4 and (size := _axis_size(MODEL, AxisType.Explicit)) > 1 and x.shape[1] % size == 0:
+        cut[1] = MODEL
     return jax.reshard(x, PartitionSpec(*cut))
 
 
-def _axis_size(name: str) -> int:
-    """Of the mesh in force; 1 where it is not the compiler's to use.
+def _axis_size(name: str, kind: AxisType = AxisType.Auto) -> int:
+    """Of the mesh in force; 1 where the axis is of another kind.
 
-    Inside a `shard_map` over the axis the caller has cut the arrays already; Explicit axes carry their own types.
+    Only Auto ones are the compiler's to use: inside a `shard_map` over the axis the caller has cut the arrays already;
+    Explicit axes carry their own types.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if dict(zip(mesh.axis_names, mesh.axis_types)).get(name) != AxisType.Auto:
+    if dict(zip(mesh.axis_names, mesh.axis_types)).get(name) != kind:
         return 1
     return mesh.shape[name]

@@ -19,7 +19,6 @@ from jax.sharding import PartitionSpec as P
 
 from spec_jax import (
     Decoder,
-    DecoderConfig,
     Drafter,
     NGram,
     Sampling,
@@ -43,7 +42,7 @@ MESHES: dict[str, dict[str, int]] = {
 }
 FOUR = {"data": 2, "model": 4}
 COLLECTIVES = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
-SLOTS = 128
+SLOTS = 101
 SAMPLINGS = {"coupled": Sampling(), "greedy": Sampling(temperature=0.0)}
 PROMPTS, LENGTHS = ragged_prompts(3, 16, 12)
 
@@ -224,9 +223,9 @@ def test_another_target_gives_other_tokens():
     assert found.diverged > len(PROMPTS) / 2
 
 
-def prepared_on(mesh: Mesh, config: DecoderConfig = CONFIG) -> tuple[Any, ...]:
+def prepared_on(mesh: Mesh) -> tuple[Any, ...]:
     """Target, drafter, prompts, their lengths and the request."""
-    target, drafter = transformer(0, config), SmallModel(transformer(1, config), gamma=GAMMA)
+    target, drafter = models(SMALL)
     target, drafter = (jax.device_put(model, decoder_shardings(model, mesh)) for model in (target, drafter))
     chosen = arguments("coupled")
     prepared = decoding._prepare(
@@ -235,18 +234,18 @@ def prepared_on(mesh: Mesh, config: DecoderConfig = CONFIG) -> tuple[Any, ...]:
     return target, drafter, prepared.prompt_bp, prepared.prompt_length_b, prepared.request
 
 
-def compiled(mesh: Mesh, config: DecoderConfig = CONFIG) -> str:
+def compiled(mesh: Mesh) -> str:
     """The compiled decoding."""
     with jax.set_mesh(mesh):
-        lowered = decoding.compiled_decode.lower(*prepared_on(mesh, config), size=SLOTS, width=64)
+        lowered = decoding.compiled_decode.lower(*prepared_on(mesh), size=128, width=64)
         return lowered.compile().as_text() or ""
 
 
-def compiled_round(mesh: Mesh, config: DecoderConfig = CONFIG) -> str:
+def compiled_round(mesh: Mesh) -> str:
     """The compiled round of `stream`."""
     with jax.set_mesh(mesh):
-        target, drafter, *prompts, request = prepared_on(mesh, config)
-        state = decoding.compiled_start(target, drafter, *prompts, request, size=SLOTS)
+        target, drafter, *prompts, request = prepared_on(mesh)
+        state = decoding.compiled_start(target, drafter, *prompts, request, size=128)
         return decoding.compiled_round.lower(target, drafter, state, request).compile().as_text() or ""
 
 
@@ -272,14 +271,22 @@ def test_no_cache_is_gathered(program: Callable[[Mesh], str]):
     assert returned == found
 
 
-@pytest.mark.parametrize("program", [compiled, compiled_round])
+def caches_sent(mesh: Mesh, target: Any, drafter: Drafter, **chosen: Any) -> list[str]:
+    """What a decoding sends between devices that has an axis of the caches' slots."""
+    decode = partial(speculative_decoding, verification="coupled", cache_size=SLOTS, **chosen)
+    with jax.set_mesh(mesh):
+        program = jax.jit(decode).lower(target, drafter).compile().as_text() or ""
+    slots = rf"f32\[[^\]]*\b{SLOTS}\b[^\]]*\]"
+    assert re.search(slots, program)
+    return re.findall(rf"{slots}\S* (?:{COLLECTIVES})", program)
+
+
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 1)])
-def test_no_cache_is_gathered_of_heads_that_the_mesh_does_not_divide(
-    program: Callable[..., str], heads: int, kv_heads: int
-):
-    text = program(mesh_of(FOUR), dataclasses.replace(CONFIG, heads=heads, kv_heads=kv_heads))
-    assert re.search(rf"f32\[[^\]]*\b{SLOTS}\b", text)
-    assert not re.search(rf"f32\[[^\]]*\b{SLOTS}\b[^\]]*\]\S* (?:{COLLECTIVES})", text)
+def test_no_cache_of_heads_that_the_mesh_does_not_divide_is_gathered(heads: int, kv_heads: int):
+    config, mesh = dataclasses.replace(CONFIG, heads=heads, kv_heads=kv_heads), mesh_of(FOUR)
+    models = transformer(0, config), transformer(1, config)
+    target, draft = (jax.device_put(model, decoder_shardings(model, mesh)) for model in models)
+    assert caches_sent(mesh, target, SmallModel(draft, gamma=GAMMA), prompt=PROMPTS, **arguments("coupled")) == []
 
 
 def place(weight: Any) -> NamedSharding:
