@@ -284,8 +284,8 @@ def caches_sent(mesh: Mesh, target: Any, drafter: Drafter, **chosen: Any) -> lis
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 1)])
 def test_no_cache_of_heads_that_the_mesh_does_not_divide_is_gathered(heads: int, kv_heads: int):
     config, mesh = dataclasses.replace(CONFIG, heads=heads, kv_heads=kv_heads), mesh_of(FOUR)
-    models = transformer(0, config), transformer(1, config)
-    target, draft = (jax.device_put(model, decoder_shardings(model, mesh)) for model in models)
+    pair = transformer(0, config), transformer(1, config)
+    target, draft = (jax.device_put(model, decoder_shardings(model, mesh)) for model in pair)
     assert caches_sent(mesh, target, SmallModel(draft, gamma=GAMMA), prompt=PROMPTS, **arguments("coupled")) == []
 
 
