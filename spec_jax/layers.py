@@ -37,7 +37,7 @@ def run_blocks(
         if block.layer not in no_attention:
             hidden_btd, cache = block.attend(hidden_btd, position_bt, rotary, cache)
         if block.layer not in no_feed_forward:
-            hidden_btd = hidden_btd + block.feed_forward(hidden_btd)
+            hidden_btd = block.feed(hidden_btd, cached=cache is not None)
     return hidden_btd, cache
 
 
@@ -59,15 +59,20 @@ class Block(nnx.Module):
         cache: KVCache | None,
     ) -> tuple[jax.Array, KVCache | None]:
         """T positions through the attention, their keys and values appended to this layer's slots of the cache."""
-        if cache is None:
-            return hidden_btd + self.attention.attend(*self.attention.project(hidden_btd, rotary), position_bt), None
-        # A layer of experts may spread its tokens over more devices than divide the rows. The compiler would spread the
-        # attention with them, and gather the whole caches behind it.
-        hidden_btd = over_rows(hidden_btd)
         query_btnh, key_bkth, value_bkth = self.attention.project(hidden_btd, rotary)
-        cache = cache.append(self.layer, key_bkth, value_bkth)
-        keys_bksh, values_bksh = cache.keys[self.layer], cache.values[self.layer]
-        return hidden_btd + over_rows(self.attention.attend(query_btnh, keys_bksh, values_bksh, position_bt)), cache
+        if cache is not None:
+            cache = cache.append(self.layer, key_bkth, value_bkth)
+            key_bkth, value_bkth = cache.keys[self.layer], cache.values[self.layer]
+        return hidden_btd + self.attention.attend(query_btnh, key_bkth, value_bkth, position_bt), cache
+
+    def feed(self, hidden_btd: jax.Array, *, cached: bool) -> jax.Array:
+        """T positions through the feed-forward."""
+        if not cached or isinstance(self.feed_forward, FeedForward):
+            return hidden_btd + self.feed_forward(hidden_btd)
+        # A layer of experts may split its tokens over more devices than divide the rows. The compiler would split the
+        # attention beside it like them, and gather the whole caches behind it.
+        hidden_btd = over_rows(hidden_btd)
+        return hidden_btd + over_rows(self.feed_forward(hidden_btd))
 
 
 class Attention(nnx.Module):

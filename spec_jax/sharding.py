@@ -8,8 +8,8 @@
 The loop says where rows lie and the weights say the rest; the compiler puts the communication in between. A mesh may
 have any of these axes, or others besides, which are left alone. (Over `expert` a layer of experts splits its tokens,
 too.) Axes may be Auto or Explicit: the loop has them Auto within and returns tokens and counts on every device. A
-`Decoder` called by itself follows JAX's rules of Explicit axes; `left_to_compiler` is for losses that call it. Nothing
-here changes what is computed.
+`Decoder` called by itself follows JAX's rules of Explicit axes; `left_to_compiler` is for losses that call it. The
+`spmd_axis_name` of a `jax.vmap` around the loop must be another axis. Nothing here changes what is computed.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def left_to_compiler(call: Callable[Arguments, Tree]) -> Callable[Arguments, Tre
 def over_rows(tree: Tree) -> Tree:
     """The same arrays, the first axis of each over `data` and `expert` of the mesh in force, where there are any.
 
-    Rows are whole over an axis that does not divide them.
+    Rows are whole over an axis that, together with the one before it, does not divide them.
     """
     return jax.tree.map(_rows_constrained, tree)
 
@@ -113,7 +113,7 @@ def over_heads(x_bksh: jax.Array) -> jax.Array:
     Heads that it does not divide are whole on each of its devices. Left to itself, the compiler would cut within them,
     and gather the whole caches in every round.
     """
-    size = _axis_size(MODEL)
+    size = _axis_size(MODEL, AxisType.Auto)
     if size == 1:
         return x_bksh
     free, heads = PartitionSpec.UNCONSTRAINED, None if x_bksh.shape[1] % size else MODEL
@@ -122,19 +122,20 @@ def over_heads(x_bksh: jax.Array) -> jax.Array:
 
 def _rows_constrained(x: jax.Array) -> jax.Array:
     # A drafter's state may have numbers of Python.
-    if not jnp.ndim(x) or all(_axis_size(name) == 1 for name in ROWS):
+    if not jnp.ndim(x) or all(_axis_size(name, AxisType.Auto) == 1 for name in ROWS):
         return x
     # Further axes of caches and hidden states may be cut. Of tokens and counts they are not worth it, and left to the
     # compiler they may be cut in a way that no mesh describes.
     further = PartitionSpec.UNCONSTRAINED if x.ndim > 2 else None
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(_row_axes(len(x)), *[further] * (x.ndim - 1)))
+    rows = _row_axes(len(x), AxisType.Auto)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(rows, *[further] * (x.ndim - 1)))
 
 
-def _row_axes(rows: int, kind: AxisType = AxisType.Auto) -> tuple[str, ...]:
-    """What of the mesh in force so many rows are split over."""
+def _row_axes(rows: int, *kinds: AxisType) -> tuple[str, ...]:
+    """The axes of these kinds of the mesh in force that so many rows are split over."""
     chosen, devices = [], 1
     for name in ROWS:
-        size = _axis_size(name, kind)
+        size = _axis_size(name, *kinds)
         if size > 1 and rows % (devices * size) == 0:
             chosen.append(name)
             devices *= size
@@ -165,19 +166,21 @@ def _of_explicit_axes(x: Any) -> Any:
         return x
     cut: list[Any] = [None] * x.ndim
     if x.ndim in (3, 4):
-        cut[0] = _row_axes(len(x), AxisType.Explicit)
+        # As within, where all of them are Auto.
+        rows = _row_axes(len(x), AxisType.Auto, AxisType.Explicit)
+        cut[0] = tuple(name for name in rows if _axis_size(name, AxisType.Explicit) > 1)
     if x.ndim == 4 and (size := _axis_size(MODEL, AxisType.Explicit)) > 1 and x.shape[1] % size == 0:
         cut[1] = MODEL
     return jax.reshard(x, PartitionSpec(*cut))
 
 
-def _axis_size(name: str, kind: AxisType = AxisType.Auto) -> int:
+def _axis_size(name: str, *kinds: AxisType) -> int:
     """Of the mesh in force; 1 where the axis is of another kind.
 
     Only Auto ones are the compiler's to use: inside a `shard_map` over the axis the caller has cut the arrays already;
     Explicit axes carry their own types.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if dict(zip(mesh.axis_names, mesh.axis_types)).get(name) != kind:
+    if dict(zip(mesh.axis_names, mesh.axis_types)).get(name) not in kinds:
         return 1
     return mesh.shape[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from experiments.expert_decoder import decoder_places
 from spec_jax import Sampling, SmallModel, base_decoding, speculative_decoding
-from tests.experiments.experts import dense_draft, sparse_decoder
+from tests.experiments.experts import CONFIG, dense_draft, sparse_decoder
 from tests.spec.test_sharded_decoding import caches_sent, mesh_of, place
 from tests.spec.transformers import compare, ragged_prompts
 
@@ -51,11 +52,13 @@ def test_tokens_are_those_of_one_device(mesh: str, rows: int, sampling: str, kin
     assert found.different <= 1
 
 
-@pytest.mark.parametrize("rows", [16, 12])
-def test_no_cache_is_gathered(rows: int):
+@pytest.mark.parametrize(("rows", "depth"), [(16, 3), (12, 3), (12, 2)])
+def test_no_cache_is_gathered(rows: int, depth: int):
+    """Whether as many devices as share tokens divide the rows or not, and whether the experts are the last layer."""
     prompts, lengths = ragged_prompts(4, rows, 12)
     mesh = mesh_of(MESHES["experts"])
-    target, draft = (jax.device_put(model, decoder_places(model, mesh)) for model in (sparse_decoder(), dense_draft()))
+    pair = sparse_decoder(dataclasses.replace(CONFIG, depth=depth)), dense_draft()
+    target, draft = (jax.device_put(model, decoder_places(model, mesh)) for model in pair)
     chosen: dict[str, Any] = {"max_new_tokens": 24, "key": jax.random.key(1), "prompt_length": lengths}
     assert caches_sent(mesh, target, SmallModel(draft, gamma=3), prompt=prompts, **chosen) == []
 

@@ -370,6 +370,9 @@ def test_what_lies_over_explicit_axes_after_the_compiler():
     kinds = (AxisType.Auto, AxisType.Explicit)
     mixed = jax.make_mesh((2, 2), ("data", "model"), axis_types=kinds, devices=jax.devices()[:4])
     assert spec(mixed, (4, 2, 2, 2)) == P(None, "model", None, None)
+    mixed = jax.make_mesh((2, 2), ("data", "expert"), axis_types=kinds, devices=jax.devices()[:4])
+    assert spec(mixed, (4, 2, 2)) == P("expert", None, None)
+    assert spec(mixed, (2, 2, 2)) == P(None, None, None)
 
 
 def test_an_option_that_is_split_is_found_too():
