@@ -66,7 +66,7 @@ class Block(nnx.Module):
         return hidden_btd + self.attention.attend(query_btnh, key_bkth, value_bkth, position_bt), cache
 
     def feed(self, hidden_btd: jax.Array, *, cached: bool) -> jax.Array:
-        """T positions through the feed-forward."""
+        """T positions through the feed-forward; `cached` in decoding, where rows lie as the caches do."""
         if not cached or isinstance(self.feed_forward, FeedForward):
             return hidden_btd + self.feed_forward(hidden_btd)
         # A layer of experts may split its tokens over more devices than divide the rows. The compiler would split the
