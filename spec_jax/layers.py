@@ -67,12 +67,12 @@ class Block(nnx.Module):
 
     def feed(self, hidden_btd: jax.Array, *, cached: bool) -> jax.Array:
         """T positions through the feed-forward; `cached` in decoding, where rows lie as the caches do."""
-        if not cached or isinstance(self.feed_forward, FeedForward):
-            return hidden_btd + self.feed_forward(hidden_btd)
-        # A layer of experts may split its tokens over more devices than divide the rows. The compiler would split the
-        # attention beside it like them, and gather the whole caches behind it.
-        hidden_btd = over_rows(hidden_btd)
-        return hidden_btd + over_rows(self.feed_forward(hidden_btd))
+        if cached and not isinstance(self.feed_forward, FeedForward):
+            # A layer of experts may split its tokens over more devices than divide the rows. The compiler would split
+            # the attention beside it like them, and gather the whole caches behind it.
+            hidden_btd = over_rows(hidden_btd)
+            return hidden_btd + over_rows(self.feed_forward(hidden_btd))
+        return hidden_btd + self.feed_forward(hidden_btd)
 
 
 class Attention(nnx.Module):

@@ -113,10 +113,9 @@ def over_heads(x_bksh: jax.Array) -> jax.Array:
     Heads that it does not divide are whole on each of its devices. Left to itself, the compiler would cut within them,
     and gather the whole caches in every round.
     """
-    size = _axis_size(MODEL, AxisType.Auto)
-    if size == 1:
+    if _axis_size(MODEL, AxisType.Auto) == 1:
         return x_bksh
-    free, heads = PartitionSpec.UNCONSTRAINED, None if x_bksh.shape[1] % size else MODEL
+    free, heads = PartitionSpec.UNCONSTRAINED, _head_axis(x_bksh.shape[1], AxisType.Auto)
     return jax.lax.with_sharding_constraint(x_bksh, PartitionSpec(free, heads, free, None))
 
 
@@ -140,6 +139,12 @@ def _row_axes(rows: int, *kinds: AxisType) -> tuple[str, ...]:
             chosen.append(name)
             devices *= size
     return tuple(chosen)
+
+
+def _head_axis(heads: int, kind: AxisType) -> str | None:
+    """The axis of this kind of the mesh in force that so many heads are split over, if any."""
+    size = _axis_size(MODEL, kind)
+    return MODEL if size > 1 and heads % size == 0 else None
 
 
 def _check_not_split(x: Any) -> None:
@@ -169,13 +174,13 @@ def _of_explicit_axes(x: Any) -> Any:
         # As within, where all of them are Auto.
         rows = _row_axes(len(x), AxisType.Auto, AxisType.Explicit)
         cut[0] = tuple(name for name in rows if _axis_size(name, AxisType.Explicit) > 1)
-    if x.ndim == 4 and (size := _axis_size(MODEL, AxisType.Explicit)) > 1 and x.shape[1] % size == 0:
-        cut[1] = MODEL
+    if x.ndim == 4:
+        cut[1] = _head_axis(x.shape[1], AxisType.Explicit)
     return jax.reshard(x, PartitionSpec(*cut))
 
 
 def _axis_size(name: str, *kinds: AxisType) -> int:
-    """Of the mesh in force; 1 where the axis is of another kind.
+    """Of the mesh in force; 1 where it has no such axis of these kinds.
 
     Only Auto ones are the compiler's to use: inside a `shard_map` over the axis the caller has cut the arrays already;
     Explicit axes carry their own types.

@@ -1,4 +1,4 @@
-"""Scripts start with huge pages, unless told otherwise, end quietly at Ctrl-C, and print on any terminal."""
+"""Scripts start with huge pages, unless told otherwise, end quietly at Ctrl-C, print on any terminal, keep programs."""
 
 import os
 import subprocess

@@ -40,8 +40,10 @@ MESHES: dict[str, dict[str, int]] = {
     "both": {"data": 4, "model": 2},
     "others": {"expert": 2, "data": 2},
 }
-FOUR = {"data": 2, "model": 4}
+# Numbers of heads, and of key-value heads, and a mesh that does not divide them.
+UNDIVIDED_HEADS, UNDIVIDING = ((4, 2), (3, 1)), {"data": 2, "model": 4}
 COLLECTIVES = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+# Of a cache: as many as nothing else has.
 SLOTS = 101
 SAMPLINGS = {"coupled": Sampling(), "greedy": Sampling(temperature=0.0)}
 PROMPTS, LENGTHS = ragged_prompts(3, 16, 12)
@@ -74,18 +76,23 @@ def decoded_over(mesh: Mesh, name: str, sampling: str, rows: int = len(PROMPTS))
 
 
 def check_equal(name: str, sampling: str, sharded: Any, rows: int = len(PROMPTS)) -> None:
-    """Against plain decoding on one device, which itself knows of no mesh."""
-    target, _ = models(name)
-    chosen = arguments(sampling, rows)
-    alone = base_decoding(target, PROMPTS[:rows], **chosen)
+    """Against plain decoding of the named target."""
+    alone = check_equal_to(models(name)[0], sampling, sharded, rows)
     if name == SMALL and rows == len(PROMPTS):
         # Rows end at different times, so that some wait for others.
         assert len(set(np.asarray(alone.lengths).tolist())) > 1
+
+
+def check_equal_to(target: Decoder, sampling: str, sharded: Any, rows: int = len(PROMPTS)) -> Any:
+    """Against plain decoding on one device, which itself knows of no mesh and is returned."""
+    chosen = arguments(sampling, rows)
+    alone = base_decoding(target, PROMPTS[:rows], **chosen)
     found = compare(target, PROMPTS[:rows], LENGTHS[:rows], chosen["sampling"], chosen["key"], sharded, alone)
     assert found.rows == rows
     assert found.diverged == 0
     # The product over cut heads sums in another order; more than a row or two would not be that.
     assert found.different <= 1
+    return alone
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
@@ -107,18 +114,14 @@ def test_rows_that_the_mesh_does_not_divide(mesh: dict[str, int], rows: int):
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 1)])
+@pytest.mark.parametrize(("heads", "kv_heads"), UNDIVIDED_HEADS)
 def test_heads_that_the_mesh_does_not_divide(heads: int, kv_heads: int, kind: AxisType):
     target = transformer(0, dataclasses.replace(CONFIG, heads=heads, kv_heads=kv_heads))
-    chosen = arguments("coupled")
-    alone = base_decoding(target, PROMPTS, **chosen)
-    mesh = mesh_of(FOUR, kind)
+    mesh = mesh_of(UNDIVIDING, kind)
     placed = jax.device_put(target, decoder_shardings(target, mesh))
     with jax.set_mesh(mesh):
-        result = base_decoding(placed, PROMPTS, **chosen)
-    found = compare(target, PROMPTS, LENGTHS, chosen["sampling"], chosen["key"], result, alone)
-    assert found.diverged == 0
-    assert found.different <= 1
+        result = base_decoding(placed, PROMPTS, **arguments("coupled"))
+    check_equal_to(target, "coupled", result)
 
 
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=list(MESHES))
@@ -281,9 +284,9 @@ def caches_sent(mesh: Mesh, target: Any, drafter: Drafter, **chosen: Any) -> lis
     return re.findall(rf"{slots}\S* (?:{COLLECTIVES})", program)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 1)])
+@pytest.mark.parametrize(("heads", "kv_heads"), UNDIVIDED_HEADS)
 def test_no_cache_of_heads_that_the_mesh_does_not_divide_is_gathered(heads: int, kv_heads: int):
-    config, mesh = dataclasses.replace(CONFIG, heads=heads, kv_heads=kv_heads), mesh_of(FOUR)
+    config, mesh = dataclasses.replace(CONFIG, heads=heads, kv_heads=kv_heads), mesh_of(UNDIVIDING)
     pair = transformer(0, config), transformer(1, config)
     target, draft = (jax.device_put(model, decoder_shardings(model, mesh)) for model in pair)
     assert caches_sent(mesh, target, SmallModel(draft, gamma=GAMMA), prompt=PROMPTS, **arguments("coupled")) == []
