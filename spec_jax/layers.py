@@ -26,18 +26,25 @@ def run_blocks(
     no_attention: Collection[int] = (),
     no_feed_forward: Collection[int] = (),
 ) -> tuple[jax.Array, KVCache | None]:
-    """Some blocks on T positions behind the cache, which keeps its lengths; sublayers of the named ones left out."""
+    """Some blocks on T positions behind the cache, which keeps its lengths; sublayers of the named ones left out.
+
+    Over a mesh hidden states lie over rows between all sublayers. Left to itself, the compiler would cut attention as a
+    layer of experts beside it cuts its tokens, and gather the whole caches; and beside weights that are split over the
+    devices of the rows it would move hidden states of all rows, not the weights.
+    """
     if not blocks:
         return hidden_btd, cache
     batch, positions = hidden_btd.shape[:2]
     start_b = jnp.zeros((batch,), jnp.int32) if cache is None else cache.length_b
     position_bt = start_b[:, None] + jnp.arange(positions, dtype=jnp.int32)[None, :]
     rotary = rotary_angles(position_bt, blocks[0].attention.config)
+    hidden_btd = over_rows(hidden_btd)
     for block in blocks:
         if block.layer not in no_attention:
             hidden_btd, cache = block.attend(hidden_btd, position_bt, rotary, cache)
+            hidden_btd = over_rows(hidden_btd)
         if block.layer not in no_feed_forward:
-            hidden_btd = block.feed(hidden_btd, cached=cache is not None)
+            hidden_btd = over_rows(block.feed(hidden_btd))
     return hidden_btd, cache
 
 
@@ -65,13 +72,8 @@ class Block(nnx.Module):
             key_bkth, value_bkth = cache.keys[self.layer], cache.values[self.layer]
         return hidden_btd + self.attention.attend(query_btnh, key_bkth, value_bkth, position_bt), cache
 
-    def feed(self, hidden_btd: jax.Array, *, cached: bool) -> jax.Array:
-        """T positions through the feed-forward; `cached` in decoding, where rows lie as the caches do."""
-        if cached and not isinstance(self.feed_forward, FeedForward):
-            # A layer of experts may split its tokens over more devices than divide the rows. The compiler would split
-            # the attention beside it like them, and gather the whole caches behind it.
-            hidden_btd = over_rows(hidden_btd)
-            return hidden_btd + over_rows(self.feed_forward(hidden_btd))
+    def feed(self, hidden_btd: jax.Array) -> jax.Array:
+        """T positions through the feed-forward."""
         return hidden_btd + self.feed_forward(hidden_btd)
 
 

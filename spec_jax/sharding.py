@@ -5,11 +5,12 @@
     with jax.set_mesh(mesh):
         result = speculative_decoding(target, SmallModel(draft), prompts, ...)
 
-The loop says where rows lie and the weights say the rest; the compiler puts the communication in between. A mesh may
-have any of these axes, or others besides, which are left alone. (Over `expert` a layer of experts splits its tokens,
-too.) Axes may be Auto or Explicit: the loop has them Auto within and returns tokens and counts on every device. A
-`Decoder` called by itself follows JAX's rules of Explicit axes; `left_to_compiler` is for losses that call it. The
-`spmd_axis_name` of a `jax.vmap` around the loop must be another axis. Nothing here changes what is computed.
+The loop and its decoders say where rows lie and the weights say the rest; the compiler puts the communication in
+between. A mesh may have any of these axes, or others besides, which are left alone. (Over `expert` a layer of experts
+splits its tokens, too.) Axes may be Auto or Explicit: the loop has them Auto within and returns tokens and counts on
+every device. A `Decoder` called by itself, as in training, has its rows over Auto axes and follows JAX's rules of
+Explicit ones; `left_to_compiler` is for losses that call it. The `spmd_axis_name` of a `jax.vmap` around either must be
+another axis. Nothing here changes what is computed.
 """
 
 from __future__ import annotations

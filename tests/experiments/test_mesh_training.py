@@ -1,7 +1,9 @@
 """Training with experts on several meshes of several processes: everywhere the same run."""
 
+import collections
 import dataclasses
 import io
+import math
 import os
 import pathlib
 import shutil
@@ -13,11 +15,13 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
 from experiments import train_moe
 from experiments.checkpoints import open_run
+from experiments.collectives import collectives
 from experiments.config import as_json
 from experiments.data import batch_at, load_text
 from experiments.expert_decoder import ExpertsConfig, make_decoder
@@ -29,6 +33,7 @@ from experiments.training import restored_state
 from experiments.upcycling import upcycled
 from spec_jax import DecoderConfig
 from tests.experiments.runs import leaves, tiny_text
+from tests.experiments.strategies import MODULES
 
 STEPS = 10
 NEXT = STEPS + 1
@@ -169,6 +174,41 @@ def test_a_checkpoint_goes_on_on_another_mesh(saved, data, expert, fsdp):
     assert float(report["loss"]) == pytest.approx(logged(config, "train/loss")[NEXT], rel=TOLERANCE)
     assert jax.tree.leaves(jax.tree.map(lambda x: x.sharding, state)) == jax.tree.leaves(shardings)
     assert_close(local_copy(state, mesh), state_of(saved, NEXT, mesh_of(1, 1))[0])
+
+
+@pytest.mark.parametrize("expert", [1, 2])
+@pytest.mark.parametrize("kind", [*MODULES, "experts"])
+def test_of_split_weights_only_weights_and_gradients_travel(kind, expert, tmp_path):
+    """With `fsdp`, where tokens are more than a layer is wide. Left to itself, the compiler moves hidden states."""
+    make, module = MODULES.get(kind, (config_of, train_moe))
+    tiny_text(tmp_path)
+    # Wider than there are bytes: the embedding is split between its columns, like the hidden states it would give.
+    wide = DecoderConfig(dim=320, depth=2, heads=4, dim_head=32, early_exit_layer=1 if kind == "early exit" else None)
+    config = make(tmp_path, target=wide, batch_size=16, sequence_length=256, fsdp=True, expert_parallel=expert)
+    task, mesh = module.task(config), mesh_of(8 // expert, expert)
+    template = state_template(config, task, mesh)
+    tokens_abt = jax.ShapeDtypeStruct(
+        (1, config.batch_size, config.sequence_length + 1),
+        np.int32,
+        sharding=NamedSharding(mesh, P(None, ("data", "expert"))),
+    )
+    with jax.set_mesh(mesh):
+        step_fn: Any = make_train_step(task.loss_fn, config.optimizer(), jax.tree.map(lambda x: x.sharding, template))
+        found = collectives(step_fn.lower(template, tokens_abt).compile().as_text())
+
+    weights = jax.tree.leaves(template.models)
+    split = [x for x in weights if "data" in x.sharding.spec]
+    assert split
+    gathered = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in split) * 4 * (mesh.shape["data"] - 1)
+    summed = sum(x.size for x in weights) * 4 * 2 * 7 / 8
+    sent: dict[str, float] = collections.defaultdict(float)
+    for collective in found:
+        sent[collective.kind] += collective.sent_bytes
+    assert sent["all-gather"] == pytest.approx(gathered, rel=0.02)
+    # Losses and norms, too.
+    assert sent["all-reduce"] < 1.02 * summed
+    exchanges = {"all-to-all"} if (kind, expert) == ("experts", 2) else set()
+    assert sent.keys() == {"all-gather", "all-reduce"} | exchanges
 
 
 def dense_run(folder):
