@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx
 from numpy.typing import ArrayLike
 
@@ -130,9 +131,31 @@ def decoder_to_torch(decoder: Decoder) -> dict[str, np.ndarray]:
         raise ValueError(f"decoder must have the feed-forward layers of its config, got others: {', '.join(other)}")
     names, weights = torch_names(config), {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(decoder):
-        value = np.asarray(leaf, np.float32)
-        weights[names[_name(path)]] = value.T if _name(path).endswith(".kernel") else value
+        weights[names[_name(path)]] = in_torch_layout(_name(path), np.asarray(leaf, np.float32))
     return weights
+
+
+def in_torch_layout(name: str, weight: np.ndarray) -> np.ndarray:
+    """A weight of ours, or its gradient, as the original lays it out.
+
+    Linear layers are (out, in) there, and all heads' queries come before all keys and those before all values.
+
+    Args:
+      name: its path in our tree.
+      weight: its value.
+    """
+    if not name.endswith(".kernel"):
+        return weight
+    return weight.T if weight.ndim == 2 else rearrange(weight, "d n part h -> (part n h) d")
+
+
+def _from_torch_layout(name: str, weight: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The inverse of `in_torch_layout`, for a weight that has this shape here."""
+    if not name.endswith(".kernel"):
+        return weight
+    if len(shape) == 2:
+        return weight.T
+    return rearrange(weight, "(part n h) d -> d n part h", part=shape[2], n=shape[1])
 
 
 def torch_names(config: DecoderConfig) -> dict[str, str]:
@@ -190,16 +213,15 @@ def _load(model: Any, names: Mapping[str, str], state_dict: Mapping[str, ArrayLi
         raise ValueError(f"state_dict must hold exactly the model's weights, missing {missing}, left over {left_over}")
     leaves = []
     for path, leaf in paths:
-        name = names[_name(path)]
+        ours = _name(path)
+        name = names[ours]
         value = given[name]
-        # torch keeps a linear layer's weight as (out, in).
-        is_matrix = _name(path).endswith(".kernel")
-        shape = leaf.shape[::-1] if is_matrix else leaf.shape
+        shape = in_torch_layout(ours, np.broadcast_to(0, leaf.shape)).shape
         if value.shape != shape:
             raise ValueError(f"state_dict[{name!r}] must have shape {shape}, got {value.shape}")
         if not jnp.issubdtype(value.dtype, jnp.floating):
             raise ValueError(f"state_dict[{name!r}] must be floating point, got {value.dtype}")
-        leaves.append(jnp.asarray(value.T if is_matrix else value, leaf.dtype))
+        leaves.append(jnp.asarray(_from_torch_layout(ours, value, leaf.shape), leaf.dtype))
     return jax.tree_util.tree_unflatten(structure, leaves)
 
 

@@ -78,26 +78,33 @@ class Block(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """RMS-normed causal attention with rotary positions and, optionally, fewer key-value heads than query heads."""
+    """RMS-normed causal attention with rotary positions and, optionally, fewer key-value heads than query heads.
+
+    Weights: `to_qkv` (D, K, G + 2, H), for each key-value head its G query heads, the key and the value; `to_out`
+    (N * H, D). A mesh cuts them between key-value heads, so that what a device computes is what it attends with.
+    """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
-        query_dim, kv_dim = config.heads * config.dim_head, config.num_kv_heads * config.dim_head
+        per_kv_head = config.heads // config.num_kv_heads + 2
         self.norm = rms_norm(config, rngs)
-        self.to_qkv = linear(config, config.dim, query_dim + 2 * kv_dim, rngs)
-        self.to_out = linear(config, query_dim, config.dim, rngs)
+        self.to_qkv = nnx.LinearGeneral(
+            config.dim,
+            (config.num_kv_heads, per_kv_head, config.dim_head),
+            use_bias=False,
+            dtype=jnp.dtype(config.dtype),
+            rngs=rngs,
+        )
+        self.to_out = linear(config, config.heads * config.dim_head, config.dim, rngs)
 
     def project(
         self, hidden_btd: jax.Array, rotary: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Rotated queries (B, T, N, H), rotated keys and plain values (B, K, T, H)."""
-        config = self.config
-        query_dim, kv_dim = config.heads * config.dim_head, config.num_kv_heads * config.dim_head
-        qkv = self.to_qkv(self.norm(hidden_btd))
-        query, key, value = jnp.split(qkv, (query_dim, query_dim + kv_dim), axis=-1)
-        query_btnh = rotate(rearrange(query, "b t (n h) -> b t n h", n=config.heads), rotary)
-        key_btkh = rotate(rearrange(key, "b t (k h) -> b t k h", k=config.num_kv_heads), rotary)
-        value_bkth = rearrange(value, "b t (k h) -> b k t h", k=config.num_kv_heads)
+        qkv_btkgh = self.to_qkv(self.norm(hidden_btd))
+        query_btnh = rotate(rearrange(qkv_btkgh[..., :-2, :], "b t k g h -> b t (k g) h"), rotary)
+        key_btkh = rotate(qkv_btkgh[..., -2, :], rotary)
+        value_bkth = rearrange(qkv_btkgh[..., -1, :], "b t k h -> b k t h")
         key_bkth = key_btkh.transpose(0, 2, 1, 3)
         return query_btnh, over_heads(key_bkth), over_heads(value_bkth)
 

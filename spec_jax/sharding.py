@@ -28,7 +28,8 @@ ROWS, MODEL = ("data", "expert"), "model"
 Tree = TypeVar("Tree")
 Arguments = ParamSpec("Arguments")
 
-# Which axis of a block's weight is cut: what a layer's first product cuts, its second sums over.
+# Which axis of a block's weight is cut: what a layer's first product cuts, its second sums over. In attention it is the
+# key-value heads.
 CUT = {
     "to_qkv.kernel": 1,
     "to_out.kernel": 0,

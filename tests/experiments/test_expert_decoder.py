@@ -101,8 +101,8 @@ def test_a_token_gets_nothing_of_others():
     """Not of other rows and not of later positions, in the logits; with a capacity it does: slots go to the rows in
     their order, so that the last one gets what is left."""
     tokens = random_tokens(6, 20)
-    # One byte over and over fills the same experts, and leaves room in the others.
-    changed = tokens.at[:-1].set(7).at[-1, 12:].set(random_tokens(8, seed=5))
+    # Rows that say what the last one does fill its experts, and leave room in the others.
+    changed = tokens.at[:-1].set(tokens[-1]).at[-1, 12:].set(random_tokens(8, seed=5))
     for target, equal in ((sparse_decoder(), True), (sparse_decoder(group_size="batch", **CAPACITY), False)):
         first, second = (logits_of(target, x)[-1, :12] for x in (tokens, changed))
         assert np.allclose(first, second, atol=1e-4) is equal

@@ -99,9 +99,9 @@ def test_grouped_heads_repeat_keys_and_values():
     def repeated(path: tuple, weight: jax.Array) -> jax.Array:
         if "to_qkv" not in jax.tree_util.keystr(path):
             return weight
-        query, key, value = np.split(np.asarray(weight), (32, 48), axis=1)
-        twice = [np.repeat(part.reshape(-1, 2, 8), 2, axis=1).reshape(-1, 32) for part in (key, value)]
-        return jnp.asarray(np.concatenate((query, *twice), axis=1))
+        query_dkgh, both_dksh = np.split(np.asarray(weight), (2,), axis=2)
+        query_dn1h = query_dkgh.reshape(-1, 4, 1, 8)
+        return jnp.asarray(np.concatenate((query_dn1h, np.repeat(both_dksh, 2, axis=1)), axis=2))
 
     grouped = transformer(0, GROUPED)
     ungrouped = dataclasses.replace(GROUPED, kv_heads=None)

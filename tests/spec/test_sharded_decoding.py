@@ -265,9 +265,9 @@ def test_rows_stay_where_they_are():
 
 @pytest.mark.parametrize("program", [compiled, compiled_round])
 def test_no_cache_is_gathered(program: Callable[[Mesh], str]):
-    """Nor, where axes are Explicit, anything but the few numbers that come back."""
+    """Nor anything else: what travels is summed. Where axes are Explicit, the few numbers that come back do, too."""
     found = collectives(program(mesh_of(MESHES["both"])))
-    assert "all-gather" not in found
+    assert found.keys() == {"all-reduce"}
     explicit = program(mesh_of(MESHES["both"], AxisType.Explicit))
     returned = collectives(explicit)
     assert returned.pop("all-gather") == len(re.findall(r"(?:s32|pred)\[\d+(?:,\d+)?\]\S* all-gather\(", explicit))
@@ -307,6 +307,10 @@ def test_what_is_cut():
     assert place(block.feed_forward.up.bias).spec == P("model")
     assert place(block.feed_forward.down.bias).spec == P()
     assert place(shardings.head.to_logits.kernel).spec == P()
+    # Between key-value heads, not within.
+    grouped = transformer(0, dataclasses.replace(CONFIG, heads=4, kv_heads=2))
+    attention: Any = decoder_shardings(grouped, mesh_of(UNDIVIDING)).blocks[0].attention
+    assert (place(attention.to_qkv.kernel).spec, place(attention.to_out.kernel).spec) == (P(), P("model"))
     # No axis `model`, and one that divides nothing: all whole.
     for sizes in ({"data": 8}, {"model": 5}):
         found = {sharding.spec for sharding in jax.tree.leaves(decoder_shardings(target, mesh_of(sizes)))}
