@@ -207,7 +207,7 @@ def forward(
             outputs[layer] = block.feed_forward.block(hidden_btd, train=train, key=layer_key)
             hidden_btd = outputs[layer].outputs
         else:
-            hidden_btd = hidden_btd + block.feed_forward(hidden_btd)
+            hidden_btd = block.feed(hidden_btd)
     return decoder.head(hidden_btd), outputs
 
 

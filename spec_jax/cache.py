@@ -9,8 +9,6 @@ import jax.numpy as jnp
 from flax import struct
 from jax.typing import DTypeLike
 
-from spec_jax.sharding import over_heads
-
 
 @struct.dataclass
 class KVCache:
@@ -73,8 +71,8 @@ class KVCache:
         Lengths stay because every layer of one forward appends at the same place: the caller advances them once,
         with `with_length`. Positions past the last slot are dropped.
         """
-        keys = over_heads(append_slots(self.keys[layer], keys_bkth, self.length_b))
-        values = over_heads(append_slots(self.values[layer], values_bkth, self.length_b))
+        keys = append_slots(self.keys[layer], keys_bkth, self.length_b)
+        values = append_slots(self.values[layer], values_bkth, self.length_b)
         return dataclasses.replace(
             self,
             keys=(*self.keys[:layer], keys, *self.keys[layer + 1 :]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -138,24 +139,34 @@ def decoder_to_torch(decoder: Decoder) -> dict[str, np.ndarray]:
 def in_torch_layout(name: str, weight: np.ndarray) -> np.ndarray:
     """A weight of ours, or its gradient, as the original lays it out.
 
-    Linear layers are (out, in) there, and all heads' queries come before all keys and those before all values.
+    Linear layers are (out, in) there, and queries of all heads come before all keys, those before all values.
 
     Args:
       name: its path in our tree.
-      weight: its value.
+      weight: its value; of attention, with as many key-value heads as heads.
     """
     if not name.endswith(".kernel"):
         return weight
-    return weight.T if weight.ndim == 2 else rearrange(weight, "d n part h -> (part n h) d")
+    if name.endswith(".to_qkv.kernel"):
+        return rearrange(weight, "d n c h -> (c n h) d")
+    return weight.reshape(-1, weight.shape[-1]).T
 
 
 def _from_torch_layout(name: str, weight: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """The inverse of `in_torch_layout`, for a weight that has this shape here."""
     if not name.endswith(".kernel"):
         return weight
-    if len(shape) == 2:
-        return weight.T
-    return rearrange(weight, "(part n h) d -> d n part h", part=shape[2], n=shape[1])
+    if name.endswith(".to_qkv.kernel"):
+        return rearrange(weight, "(c n h) d -> d n c h", n=shape[1], c=shape[2])
+    return weight.T.reshape(shape)
+
+
+def _torch_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that `in_torch_layout` gives."""
+    if not name.endswith(".kernel"):
+        return shape
+    inputs = shape[0] if name.endswith(".to_qkv.kernel") else math.prod(shape[:-1])
+    return math.prod(shape) // inputs, inputs
 
 
 def torch_names(config: DecoderConfig) -> dict[str, str]:
@@ -216,7 +227,7 @@ def _load(model: Any, names: Mapping[str, str], state_dict: Mapping[str, ArrayLi
         ours = _name(path)
         name = names[ours]
         value = given[name]
-        shape = in_torch_layout(ours, np.broadcast_to(0, leaf.shape)).shape
+        shape = _torch_shape(ours, leaf.shape)
         if value.shape != shape:
             raise ValueError(f"state_dict[{name!r}] must have shape {shape}, got {value.shape}")
         if not jnp.issubdtype(value.dtype, jnp.floating):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from flax import nnx
 
 from spec_jax.cache import KVCache
 from spec_jax.config import DecoderConfig
-from spec_jax.sharding import over_heads, over_rows
+from spec_jax.sharding import over_rows
 
 FeedForwardFactory = Callable[[int, nnx.Rngs], nnx.Module]
 """Makes the feed-forward of a block from (layer index, rngs): a module called as `module(hidden_btd) -> (B, T, D)`,
@@ -26,30 +27,28 @@ def run_blocks(
     no_attention: Collection[int] = (),
     no_feed_forward: Collection[int] = (),
 ) -> tuple[jax.Array, KVCache | None]:
-    """Some blocks on T positions behind the cache, which keeps its lengths; sublayers of the named ones left out.
-
-    Over a mesh hidden states lie over rows between all sublayers. Left to itself, the compiler would cut attention as a
-    layer of experts beside it cuts its tokens, and gather the whole caches; and beside weights that are split over the
-    devices of the rows it would move hidden states of all rows, not the weights.
-    """
+    """Some blocks on T positions behind the cache, which keeps its lengths; sublayers of the named ones left out."""
     if not blocks:
         return hidden_btd, cache
     batch, positions = hidden_btd.shape[:2]
     start_b = jnp.zeros((batch,), jnp.int32) if cache is None else cache.length_b
     position_bt = start_b[:, None] + jnp.arange(positions, dtype=jnp.int32)[None, :]
     rotary = rotary_angles(position_bt, blocks[0].attention.config)
-    hidden_btd = over_rows(hidden_btd)
     for block in blocks:
         if block.layer not in no_attention:
             hidden_btd, cache = block.attend(hidden_btd, position_bt, rotary, cache)
-            hidden_btd = over_rows(hidden_btd)
         if block.layer not in no_feed_forward:
-            hidden_btd = over_rows(block.feed(hidden_btd))
+            hidden_btd = block.feed(hidden_btd)
     return hidden_btd, cache
 
 
 class Block(nnx.Module):
-    """Residual attention, then residual feed-forward."""
+    """Residual attention, then residual feed-forward.
+
+    Over a mesh hidden states lie over rows on both sides of either. Left to itself, the compiler would cut attention as
+    a layer of experts beside it cuts its tokens, and gather the whole caches; and beside weights that are split over
+    the devices of the rows it would move hidden states of all rows, not the weights.
+    """
 
     def __init__(
         self, config: DecoderConfig, layer: int, feed_forward: FeedForwardFactory | None, *, rngs: nnx.Rngs
@@ -66,47 +65,46 @@ class Block(nnx.Module):
         cache: KVCache | None,
     ) -> tuple[jax.Array, KVCache | None]:
         """T positions through the attention, their keys and values appended to this layer's slots of the cache."""
+        hidden_btd = over_rows(hidden_btd)
         query_btnh, key_bkth, value_bkth = self.attention.project(hidden_btd, rotary)
         if cache is not None:
             cache = cache.append(self.layer, key_bkth, value_bkth)
             key_bkth, value_bkth = cache.keys[self.layer], cache.values[self.layer]
-        return hidden_btd + self.attention.attend(query_btnh, key_bkth, value_bkth, position_bt), cache
+        attended_btd = self.attention.attend(query_btnh, key_bkth, value_bkth, position_bt)
+        return over_rows(hidden_btd + attended_btd), cache
 
     def feed(self, hidden_btd: jax.Array) -> jax.Array:
         """T positions through the feed-forward."""
-        return hidden_btd + self.feed_forward(hidden_btd)
+        hidden_btd = over_rows(hidden_btd)
+        return over_rows(hidden_btd + self.feed_forward(hidden_btd))
 
 
 class Attention(nnx.Module):
     """RMS-normed causal attention with rotary positions and, optionally, fewer key-value heads than query heads.
 
-    Weights: `to_qkv` (D, K, G + 2, H), for each key-value head its G query heads, the key and the value; `to_out`
-    (N * H, D). A mesh cuts them between key-value heads, so that what a device computes is what it attends with.
+    Weights: `to_qkv` (D, K, C, H), where C are the G = N / K query heads of a key-value head, its key and its value;
+    `to_out` (K, G, H, D). A mesh cuts both between key-value heads: what a device computes is what it attends with.
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
-        per_kv_head = config.heads // config.num_kv_heads + 2
+        kv_heads, per_kv_head = config.num_kv_heads, config.heads // config.num_kv_heads
+        options: dict[str, Any] = {"use_bias": False, "dtype": jnp.dtype(config.dtype), "rngs": rngs}
         self.norm = rms_norm(config, rngs)
-        self.to_qkv = nnx.LinearGeneral(
-            config.dim,
-            (config.num_kv_heads, per_kv_head, config.dim_head),
-            use_bias=False,
-            dtype=jnp.dtype(config.dtype),
-            rngs=rngs,
-        )
-        self.to_out = linear(config, config.heads * config.dim_head, config.dim, rngs)
+        self.to_qkv = nnx.LinearGeneral(config.dim, (kv_heads, per_kv_head + 2, config.dim_head), **options)
+        heads, axes = (kv_heads, per_kv_head, config.dim_head), (-3, -2, -1)
+        self.to_out = nnx.LinearGeneral(heads, config.dim, axis=axes, **options)
 
     def project(
         self, hidden_btd: jax.Array, rotary: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Rotated queries (B, T, N, H), rotated keys and plain values (B, K, T, H)."""
-        qkv_btkgh = self.to_qkv(self.norm(hidden_btd))
-        query_btnh = rotate(rearrange(qkv_btkgh[..., :-2, :], "b t k g h -> b t (k g) h"), rotary)
-        key_btkh = rotate(qkv_btkgh[..., -2, :], rotary)
-        value_bkth = rearrange(qkv_btkgh[..., -1, :], "b t k h -> b k t h")
+        qkv_btkch = self.to_qkv(self.norm(hidden_btd))
+        query_btnh = rotate(rearrange(qkv_btkch[..., :-2, :], "b t k c h -> b t (k c) h"), rotary)
+        key_btkh = rotate(qkv_btkch[..., -2, :], rotary)
+        value_bkth = rearrange(qkv_btkch[..., -1, :], "b t k h -> b k t h")
         key_bkth = key_btkh.transpose(0, 2, 1, 3)
-        return query_btnh, over_heads(key_bkth), over_heads(value_bkth)
+        return query_btnh, key_bkth, value_bkth
 
     def attend(
         self, query_btnh: jax.Array, keys_bksh: jax.Array, values_bksh: jax.Array, position_bt: jax.Array
@@ -125,7 +123,7 @@ class Attention(nnx.Module):
         scores_bkts = jnp.where(visible_b1ts, scores_bkst.transpose(0, 1, 3, 2), jnp.finfo(jnp.float32).min)
         weights_bkts = jax.nn.softmax(scores_bkts, axis=-1).astype(values_bksh.dtype)
         mixed_bkth = jnp.einsum("bkts,bksh->bkth", weights_bkts, values_bksh)
-        return self.to_out(rearrange(mixed_bkth, "b k (g t) h -> b t (k g h)", t=query_btnh.shape[1]))
+        return self.to_out(rearrange(mixed_bkth, "b k (g t) h -> b t k g h", t=query_btnh.shape[1]))
 
 
 class FeedForward(nnx.Module):

@@ -37,13 +37,17 @@ CUT = {
     "up.bias": 0,
     "down.kernel": 0,
 }
+# What Adafactor keeps of a weight under its name, without one of its axes.
+FACTOR = re.compile(r"(^|\.)v_(row|col)\.")
 BLOCKS_WEIGHT = re.compile(rf"(^|\.)blocks\.\d+\.(attention|feed_forward)\.(?P<end>{'|'.join(CUT)})(\.value)?$")
 
 
 def decoder_shardings(model: Tree, mesh: Mesh) -> Tree:
     """Where each weight of a model lies on a mesh: attention and feed-forwards are cut along `model`.
 
-    What has no axis that divides, and all that is not of a `Decoder`'s blocks, lies whole on every device.
+    Attention is cut between key-value heads. Where `model` does not divide those, every device has all of it and
+    computes it for all heads; so it is with a feed-forward whose hidden units it does not divide, and with all that is
+    not of a `Decoder`'s blocks.
 
     Args:
       model: a `Decoder`, or any pytree with decoders in it: a pair with a prophet, an optimiser's state.
@@ -62,10 +66,11 @@ def decoder_shardings(model: Tree, mesh: Mesh) -> Tree:
     size = mesh.shape.get(MODEL, 1)
 
     def sharding(path: tuple[Any, ...], weight: Any) -> NamedSharding:
-        found = BLOCKS_WEIGHT.search(jax.tree_util.keystr(path, simple=True, separator="."))
-        if found and size > 1:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        found = BLOCKS_WEIGHT.search(name)
+        if found and size > 1 and not FACTOR.search(name):
             axis = CUT[found["end"]]
-            # An optimiser's state may have fewer axes.
+            # An optimiser may have a placeholder for it.
             if axis < weight.ndim and weight.shape[axis] % size == 0:
                 return NamedSharding(mesh, PartitionSpec(*[None] * axis, MODEL))
         return NamedSharding(mesh, PartitionSpec())
@@ -77,8 +82,9 @@ def left_to_compiler(call: Callable[Arguments, Tree]) -> Callable[Arguments, Tre
     """The same function, within which the Explicit axes of the mesh in force are Auto.
 
     Arrays of the mesh must be arguments, not closed over, and gradients be taken of it, not within it. Of what it
-    returns arrays of four axes, as caches are, lie over rows and heads, those of three over rows, and all others
-    everywhere; if there are such of three or four, what `jax.vmap` maps must not be split over rows or heads.
+    returns arrays of four axes lie over rows and heads, as caches do (and attention's weights should not), those of
+    three over rows, and all others everywhere; if there are such of three or four, what `jax.vmap` maps must not be
+    split over rows or heads.
 
     Raises:
       ValueError: by the function, where arrays are split over Explicit axes of a mesh that is not in force.
@@ -107,18 +113,6 @@ def over_rows(tree: Tree) -> Tree:
     Rows are whole over an axis that, together with the one before it, does not divide them.
     """
     return jax.tree.map(_rows_constrained, tree)
-
-
-def over_heads(x_bksh: jax.Array) -> jax.Array:
-    """The same keys or values, their heads over `model` of the mesh in force, where there is one.
-
-    Heads that it does not divide are whole on each of its devices. Left to itself, the compiler would cut within them,
-    and gather the whole caches in every round.
-    """
-    if _axis_size(MODEL, AxisType.Auto) == 1:
-        return x_bksh
-    free, heads = PartitionSpec.UNCONSTRAINED, _head_axis(x_bksh.shape[1], AxisType.Auto)
-    return jax.lax.with_sharding_constraint(x_bksh, PartitionSpec(free, heads, free, None))
 
 
 def _rows_constrained(x: jax.Array) -> jax.Array:

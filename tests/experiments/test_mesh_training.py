@@ -9,6 +9,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+from functools import partial
 from typing import Any
 
 import jax
@@ -176,11 +177,18 @@ def test_a_checkpoint_goes_on_on_another_mesh(saved, data, expert, fsdp):
     assert_close(local_copy(state, mesh), state_of(saved, NEXT, mesh_of(1, 1))[0])
 
 
+# Of one of two layers, and its dense equal.
+MIXTURES = {
+    kind: (partial(config_of, experts=ExpertsConfig(num_experts=8, hidden=16, every=2, kind=kind)), train_moe)
+    for kind in ("sparse", "equal_flops")
+}
+
+
 @pytest.mark.parametrize("expert", [1, 2])
-@pytest.mark.parametrize("kind", [*MODULES, "experts"])
+@pytest.mark.parametrize("kind", [*MODULES, *MIXTURES])
 def test_of_split_weights_only_weights_and_gradients_travel(kind, expert, tmp_path):
     """With `fsdp`, where tokens are more than a layer is wide. Left to itself, the compiler moves hidden states."""
-    make, module = MODULES.get(kind, (config_of, train_moe))
+    make, module = (MODULES | MIXTURES)[kind]
     tiny_text(tmp_path)
     # Wider than there are bytes: the embedding is split between its columns, like the hidden states it would give.
     wide = DecoderConfig(dim=320, depth=2, heads=4, dim_head=32, early_exit_layer=1 if kind == "early exit" else None)
@@ -207,7 +215,7 @@ def test_of_split_weights_only_weights_and_gradients_travel(kind, expert, tmp_pa
     assert sent["all-gather"] == pytest.approx(gathered, rel=0.02)
     # Losses and norms, too.
     assert sent["all-reduce"] < 1.02 * summed
-    exchanges = {"all-to-all"} if (kind, expert) == ("experts", 2) else set()
+    exchanges = {"all-to-all"} if (kind, expert) == ("sparse", 2) else set()
     assert sent.keys() == {"all-gather", "all-reduce"} | exchanges
 
 

@@ -97,7 +97,10 @@ def test_grouped_heads_repeat_keys_and_values():
     """4 query heads on 2 key-value heads are 4 on 4 whose keys and values are those 2, each twice."""
 
     def repeated(path: tuple, weight: jax.Array) -> jax.Array:
-        if "to_qkv" not in jax.tree_util.keystr(path):
+        name = jax.tree_util.keystr(path)
+        if "to_out" in name:
+            return weight.reshape(4, 1, 8, -1)
+        if "to_qkv" not in name:
             return weight
         query_dkgh, both_dksh = np.split(np.asarray(weight), (2,), axis=2)
         query_dn1h = query_dkgh.reshape(-1, 4, 1, 8)

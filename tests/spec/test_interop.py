@@ -97,6 +97,11 @@ def without(name: str) -> dict[str, np.ndarray]:
             {},
             r"state_dict\['layers.1.0.to_out.weight'\] must have shape \(64, 64\), got \(64, 63\)",
         ),
+        (
+            STATE | {"layers.1.0.to_qkv.weight": np.zeros((64, 192))},
+            {},
+            r"state_dict\['layers.1.0.to_qkv.weight'\] must have shape \(192, 64\), got \(64, 192\)",
+        ),
         (STATE | {3: np.zeros(1)}, {}, r"state_dict .* missing \[\], left over \['3'\]"),
         (
             STATE | {"layers.1.0.to_out.weight": np.zeros((64, 64), complex)},

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from spec_jax import (
     Decoder,
+    DecoderConfig,
     Drafter,
     NGram,
     Sampling,
@@ -40,6 +41,7 @@ MESHES: dict[str, dict[str, int]] = {
     "both": {"data": 4, "model": 2},
     "others": {"expert": 2, "data": 2},
 }
+GROUPED = dataclasses.replace(CONFIG, heads=4, kv_heads=2)
 # Numbers of heads, and of key-value heads, and a mesh that does not divide them.
 UNDIVIDED_HEADS, UNDIVIDING = ((4, 2), (3, 1)), {"data": 2, "model": 4}
 COLLECTIVES = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
@@ -226,9 +228,9 @@ def test_another_target_gives_other_tokens():
     assert found.diverged > len(PROMPTS) / 2
 
 
-def prepared_on(mesh: Mesh) -> tuple[Any, ...]:
+def prepared_on(mesh: Mesh, config: DecoderConfig) -> tuple[Any, ...]:
     """Target, drafter, prompts, their lengths and the request."""
-    target, drafter = models(SMALL)
+    target, drafter = transformer(0, config), SmallModel(transformer(1, config), gamma=GAMMA)
     target, drafter = (jax.device_put(model, decoder_shardings(model, mesh)) for model in (target, drafter))
     chosen = arguments("coupled")
     prepared = decoding._prepare(
@@ -237,17 +239,17 @@ def prepared_on(mesh: Mesh) -> tuple[Any, ...]:
     return target, drafter, prepared.prompt_bp, prepared.prompt_length_b, prepared.request
 
 
-def compiled(mesh: Mesh) -> str:
+def compiled(mesh: Mesh, config: DecoderConfig = CONFIG) -> str:
     """The compiled decoding."""
     with jax.set_mesh(mesh):
-        lowered = decoding.compiled_decode.lower(*prepared_on(mesh), size=128, width=64)
+        lowered = decoding.compiled_decode.lower(*prepared_on(mesh, config), size=128, width=64)
         return lowered.compile().as_text() or ""
 
 
-def compiled_round(mesh: Mesh) -> str:
+def compiled_round(mesh: Mesh, config: DecoderConfig = CONFIG) -> str:
     """The compiled round of `stream`."""
     with jax.set_mesh(mesh):
-        target, drafter, *prompts, request = prepared_on(mesh)
+        target, drafter, *prompts, request = prepared_on(mesh, config)
         state = decoding.compiled_start(target, drafter, *prompts, request, size=128)
         return decoding.compiled_round.lower(target, drafter, state, request).compile().as_text() or ""
 
@@ -263,12 +265,16 @@ def test_rows_stay_where_they_are():
     assert collectives(compiled(mesh_of({"data": 4}))) == {"all-reduce": 1}
 
 
+@pytest.mark.parametrize("config", [CONFIG, GROUPED])
 @pytest.mark.parametrize("program", [compiled, compiled_round])
-def test_no_cache_is_gathered(program: Callable[[Mesh], str]):
-    """Nor anything else: what travels is summed. Where axes are Explicit, the few numbers that come back do, too."""
-    found = collectives(program(mesh_of(MESHES["both"])))
+def test_only_sums_travel(program: Callable[..., str], config: DecoderConfig):
+    """No cache is gathered. Where axes are Explicit, the few numbers that come back are, too."""
+    found = collectives(program(mesh_of(MESHES["both"]), config))
     assert found.keys() == {"all-reduce"}
-    explicit = program(mesh_of(MESHES["both"], AxisType.Explicit))
+    if program is compiled_round:
+        # Behind attention and feed-forward, in the draft's first pass, in the loop over its others, in the target's.
+        assert found["all-reduce"] == 2 * config.depth * 3
+    explicit = program(mesh_of(MESHES["both"], AxisType.Explicit), config)
     returned = collectives(explicit)
     assert returned.pop("all-gather") == len(re.findall(r"(?:s32|pred)\[\d+(?:,\d+)?\]\S* all-gather\(", explicit))
     assert returned == found
@@ -307,10 +313,9 @@ def test_what_is_cut():
     assert place(block.feed_forward.up.bias).spec == P("model")
     assert place(block.feed_forward.down.bias).spec == P()
     assert place(shardings.head.to_logits.kernel).spec == P()
-    # Between key-value heads, not within.
-    grouped = transformer(0, dataclasses.replace(CONFIG, heads=4, kv_heads=2))
-    attention: Any = decoder_shardings(grouped, mesh_of(UNDIVIDING)).blocks[0].attention
-    assert (place(attention.to_qkv.kernel).spec, place(attention.to_out.kernel).spec) == (P(), P("model"))
+    # Attention between key-value heads or not at all.
+    attention: Any = decoder_shardings(transformer(0, GROUPED), mesh_of(UNDIVIDING)).blocks[0].attention
+    assert (place(attention.to_qkv.kernel).spec, place(attention.to_out.kernel).spec) == (P(), P())
     # No axis `model`, and one that divides nothing: all whole.
     for sizes in ({"data": 8}, {"model": 5}):
         found = {sharding.spec for sharding in jax.tree.leaves(decoder_shardings(target, mesh_of(sizes)))}
@@ -330,7 +335,12 @@ def test_optimiser_states_and_other_models():
     mesh = mesh_of({"data": 1, "model": 2})
     weights: Any = transformer(0)
     state = optax.adafactor(1e-3, min_dim_size_to_factor=2).init(weights)
-    assert jax.tree.leaves(jax.device_put(state, decoder_shardings(state, mesh)))
+    shardings = decoder_shardings(state, mesh)
+    assert jax.tree.leaves(jax.device_put(state, shardings))
+    factors = [x for path, x in jax.tree_util.tree_leaves_with_path(shardings) if "v_row" in jax.tree_util.keystr(path)]
+    assert {sharding.spec for sharding in factors} == {P()}
+    moments: Any = decoder_shardings(optax.adam(1e-3).init(weights), mesh)
+    assert place(moments[0].mu.blocks[0].attention.to_qkv.kernel).spec == P(None, "model")
 
     class Other(nnx.Module):
         def __init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -36,7 +37,8 @@ def random_weights(seed: int, shapes: Any, *, head_scale: float = 4.0) -> Any:
         if ".bias" in name:
             return jnp.asarray(0.1 * normal, shape.dtype)
         if ".kernel" in name:
-            normal *= shape.shape[0] ** -0.5 * (head_scale if ".to_logits" in name else 1)
+            inputs = math.prod(shape.shape[:-1]) if ".to_out" in name else shape.shape[0]
+            normal *= inputs**-0.5 * (head_scale if ".to_logits" in name else 1)
         return jnp.asarray(normal, shape.dtype)
 
     return jax.tree_util.tree_map_with_path(random_weight, shapes)
