@@ -88,12 +88,11 @@ class Attention(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
-        kv_heads, per_kv_head = config.num_kv_heads, config.heads // config.num_kv_heads
+        kv_heads, group, dim_head = config.num_kv_heads, config.heads // config.num_kv_heads, config.dim_head
         options: dict[str, Any] = {"use_bias": False, "dtype": jnp.dtype(config.dtype), "rngs": rngs}
         self.norm = rms_norm(config, rngs)
-        self.to_qkv = nnx.LinearGeneral(config.dim, (kv_heads, per_kv_head + 2, config.dim_head), **options)
-        heads, axes = (kv_heads, per_kv_head, config.dim_head), (-3, -2, -1)
-        self.to_out = nnx.LinearGeneral(heads, config.dim, axis=axes, **options)
+        self.to_qkv = nnx.LinearGeneral(config.dim, (kv_heads, group + 2, dim_head), **options)
+        self.to_out = nnx.LinearGeneral((kv_heads, group, dim_head), config.dim, axis=(-3, -2, -1), **options)
 
     def project(
         self, hidden_btd: jax.Array, rotary: tuple[jax.Array, jax.Array]
