@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -136,14 +136,14 @@ def decoder_to_torch(decoder: Decoder) -> dict[str, np.ndarray]:
     return weights
 
 
-def in_torch_layout(name: str, weight: np.ndarray) -> np.ndarray:
+def in_torch_layout(name: str, weight: Any) -> Any:
     """A weight of ours, or its gradient, as the original lays it out.
 
     Linear layers are (out, in) there, and queries of all heads come before all keys, those before all values.
 
     Args:
       name: its path in our tree.
-      weight: its value; of attention, with as many key-value heads as heads.
+      weight: an array; of attention, with as many key-value heads as heads.
     """
     if not name.endswith(".kernel"):
         return weight
@@ -159,14 +159,6 @@ def _from_torch_layout(name: str, weight: np.ndarray, shape: tuple[int, ...]) ->
     if name.endswith(".to_qkv.kernel"):
         return rearrange(weight, "(c n h) d -> d n c h", n=shape[1], c=shape[2])
     return weight.T.reshape(shape)
-
-
-def _torch_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape that `in_torch_layout` gives."""
-    if not name.endswith(".kernel"):
-        return shape
-    inputs = shape[0] if name.endswith(".to_qkv.kernel") else math.prod(shape[:-1])
-    return math.prod(shape) // inputs, inputs
 
 
 def torch_names(config: DecoderConfig) -> dict[str, str]:
@@ -227,7 +219,7 @@ def _load(model: Any, names: Mapping[str, str], state_dict: Mapping[str, ArrayLi
         ours = _name(path)
         name = names[ours]
         value = given[name]
-        shape = _torch_shape(ours, leaf.shape)
+        shape = jax.eval_shape(partial(in_torch_layout, ours), leaf).shape
         if value.shape != shape:
             raise ValueError(f"state_dict[{name!r}] must have shape {shape}, got {value.shape}")
         if not jnp.issubdtype(value.dtype, jnp.floating):

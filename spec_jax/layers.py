@@ -100,9 +100,8 @@ class Attention(nnx.Module):
         """Rotated queries (B, T, N, H), rotated keys and plain values (B, K, T, H)."""
         qkv_btkch = self.to_qkv(self.norm(hidden_btd))
         query_btnh = rotate(rearrange(qkv_btkch[..., :-2, :], "b t k c h -> b t (k c) h"), rotary)
-        key_btkh = rotate(qkv_btkch[..., -2, :], rotary)
+        key_bkth = rearrange(rotate(qkv_btkch[..., -2, :], rotary), "b t k h -> b k t h")
         value_bkth = rearrange(qkv_btkch[..., -1, :], "b t k h -> b k t h")
-        key_bkth = key_btkh.transpose(0, 2, 1, 3)
         return query_btnh, key_bkth, value_bkth
 
     def attend(

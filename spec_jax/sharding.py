@@ -82,9 +82,9 @@ def left_to_compiler(call: Callable[Arguments, Tree]) -> Callable[Arguments, Tre
     """The same function, within which the Explicit axes of the mesh in force are Auto.
 
     Arrays of the mesh must be arguments, not closed over, and gradients be taken of it, not within it. Of what it
-    returns arrays of four axes lie over rows and heads, as caches do (and attention's weights should not), those of
-    three over rows, and all others everywhere; if there are such of three or four, what `jax.vmap` maps must not be
-    split over rows or heads.
+    returns arrays of four axes lie over rows and heads, as caches do (weights of attention are better not returned),
+    those of three over rows, and all others everywhere; if there are such of three or four, what `jax.vmap` maps must
+    not be split over rows or heads.
 
     Raises:
       ValueError: by the function, where arrays are split over Explicit axes of a mesh that is not in force.
@@ -137,12 +137,6 @@ def _row_axes(rows: int, *kinds: AxisType) -> tuple[str, ...]:
     return tuple(chosen)
 
 
-def _head_axis(heads: int, kind: AxisType) -> str | None:
-    """The axis of this kind of the mesh in force that so many heads are split over, if any."""
-    size = _axis_size(MODEL, kind)
-    return MODEL if size > 1 and heads % size == 0 else None
-
-
 def _check_not_split(x: Any) -> None:
     if isinstance(x, jax.Array) and any(jax.typeof(x).sharding.spec.partitions):
         raise ValueError(
@@ -170,8 +164,9 @@ def _of_explicit_axes(x: Any) -> Any:
         # As within, where all of them are Auto.
         rows = _row_axes(len(x), AxisType.Auto, AxisType.Explicit)
         cut[0] = tuple(name for name in rows if _axis_size(name, AxisType.Explicit) > 1)
-    if x.ndim == 4:
-        cut[1] = _head_axis(x.shape[1], AxisType.Explicit)
+    size = _axis_size(MODEL, AxisType.Explicit)
+    if x.ndim == 4 and size > 1 and x.shape[1] % size == 0:
+        cut[1] = MODEL
     return jax.reshard(x, PartitionSpec(*cut))
 
 
