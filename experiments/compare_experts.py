@@ -2,10 +2,11 @@
 
     python -m experiments.compare_experts --output runs/experts
 
-Trains the sparse decoder of `train_moe cpu`, a dense one of equal training FLOPs, a dense one of equal parameters, and
-the sparse one with one thing changed at a time: z-loss, threshold, capacity, extra feed-forward. All see the same text
-in the same batches, and are validated as they decode, with nothing dropped. What is trained is kept: a second start
-goes on where the first one ended.
+Trains the sparse decoder of `train_moe cpu`, a dense one of equal training FLOPs, a dense one of equal size, and the
+sparse one with one thing changed at a time: z-loss, threshold, capacity, extra feed-forward. All see the same text in
+the same batches, and are validated as they decode, with nothing dropped. `--seeds 3` trains each three times, and gives
+differences from the sparse one of the same seed with their standard error. What is trained is kept: a second start goes
+on where the first one ended.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from experiments.figures import Panel, save_panels
 from experiments.flops import counted_flops
 from experiments.metrics import read_metrics
 from experiments.output import make_folder, print_with_paths
-from experiments.report import machine, narrow_table
+from experiments.report import machine, mean_and_error, mean_curve, narrow_table
 from experiments.runtime import exit_with, require_one_process, use_compilation_cache
 from experiments.session import finish_each
 from experiments.train_moe import PRESETS, VARIANTS, TrainMoEConfig
@@ -40,7 +41,7 @@ from spec_jax.losses import bits_per_byte, next_token_loss
 SPARSE = "sparse"
 MAIN = (SPARSE, "equal-flops", "equal-parameters")
 WIDER = "capacity-2"
-LABELS = {SPARSE: "sparse", "equal-flops": "dense, equal FLOPs", "equal-parameters": "dense, equal parameters"}
+LABELS = {SPARSE: "sparse", "equal-flops": "dense, equal FLOPs", "equal-parameters": "dense, equal size"}
 RANKS = {"rank1": "1st", "rank2": "2nd"}
 Curve = list[tuple[float, float]]
 
@@ -186,32 +187,42 @@ def run_all(config: CompareConfig, console: Console) -> list[Result]:
     return results
 
 
-COLUMNS = ("variant", "bits per byte", "weights", "MFLOP per byte", "1st dropped", "2nd dropped", "fullest expert")
+COLUMNS = ("variant", "bits per byte", "against sparse", "size", "MFLOP per byte", "dropped", "fullest expert")
 CAPTION = (
-    "MFLOP: of a training step of the target, as XLA counts them. Dropped: of the first and second choices, mean over "
-    "layers. Fullest expert: its load over the mean load, in the worst layer. Both over the last quarter of the run."
+    "Means over the seeds; ±: standard error. Against sparse: the difference from the sparse one of the same seed. "
+    "Size: weights of the target. MFLOP: of a training step of the target, as XLA counts them. Dropped: of the first "
+    "and second choices, mean over layers. Fullest expert: its load over the mean load, in the worst layer. Both over "
+    "the last quarter of the run."
 )
 
 
+def by_variant(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """The runs of each variant, one for each seed."""
+    runs: dict[str, list[Result]] = {}
+    for result in results:
+        runs.setdefault(result.variant, []).append(result)
+    return runs
+
+
 def table_rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
-    """The cells of `COLUMNS` for each variant: means over the seeds, and the range of the loss."""
+    """The cells of `COLUMNS` for each variant."""
+    every = by_variant(results)
+    last = {variant: np.array([run.bits[-1][1] for run in runs]) for variant, runs in every.items()}
     rows = []
-    for variant in dict.fromkeys(result.variant for result in results):
-        runs = [result for result in results if result.variant == variant]
-        bits = [run.bits[-1][1] for run in runs]
-        spread = f" ({min(bits):.3f} to {max(bits):.3f})" if len(bits) > 1 else ""
+    for variant, runs in every.items():
         dropped = [
-            f"{np.mean([run.late(run.dropped[rank]) for run in runs]):.1%}" if rank in runs[0].dropped else ""
-            for rank in RANKS
+            f"{np.mean([run.late(run.dropped[rank]) for run in runs]):.0%}" for rank in RANKS if rank in runs[0].dropped
         ]
         imbalance = [run.imbalance for run in runs if run.imbalance is not None]
+        compared = SPARSE in last and variant != SPARSE
         rows.append(
             (
                 LABELS.get(variant, variant),
-                f"{np.mean(bits):.3f}{spread}",
+                mean_and_error(last[variant], ".3f"),
+                mean_and_error(last[variant] - last[SPARSE], "+.3f") if compared else "",
                 f"{runs[0].parameters / 1e6:.2f} M",
-                f"{runs[0].flops_per_token / 1e6:.2f}",
-                *dropped,
+                f"{runs[0].flops_per_token / 1e6:.1f}",
+                ", ".join(dropped),
                 f"{np.mean(imbalance):.2f} ×" if imbalance else "",
             )
         )
@@ -225,45 +236,50 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def panels(results: Sequence[Result]) -> list[list[Panel]]:
-    """Loss against steps and FLOPs of the three that are compared; load and drops of the sparse one; of one seed.
+    """Loss against steps and FLOPs of the three that are compared; load and drops of the sparse one.
 
-    Of what there is, if it is none of the three.
+    Means over the seeds, but for the load: which expert is which differs from seed to seed. Of what there is, if it is
+    none of the three.
     """
-    by_name = {result.variant: result for result in results if result.seed == 0}
-    main = {LABELS[name]: by_name[name] for name in MAIN if name in by_name} or by_name
-    steps = {label: result.bits for label, result in main.items()}
+    every = by_variant(results)
+    main = {LABELS[name]: every[name] for name in MAIN if name in every} or every
+    steps = {label: mean_curve([run.bits for run in runs]) for label, runs in main.items()}
     flops = {
-        label: [(step * run.tokens_per_step * run.flops_per_token / 1e12, bits) for step, bits in run.bits]
-        for label, run in main.items()
+        label: [(step * runs[0].tokens_per_step * runs[0].flops_per_token / 1e12, bits) for step, bits in steps[label]]
+        for label, runs in main.items()
     }
     loss = "validation bits per byte"
-    seed = ", first seed" if any(result.seed for result in results) else ""
+    seeds = max(map(len, every.values()))
+    mean, first = (f", {seeds} seeds", ", first seed") if seeds > 1 else ("", "")
     line = [
-        Panel(f"Loss against steps{seed}", "training step", loss, steps),
-        Panel(f"Loss against computation{seed}", "training TFLOP", loss, flops),
+        Panel(f"Loss against steps{mean}", "training step", loss, steps),
+        Panel(f"Loss against computation{mean}", "training TFLOP", loss, flops),
     ]
     sheet = [line]
-    if (sparse := by_name.get(SPARSE)) is not None:
+    if SPARSE in every:
         sheet.append(
             [
                 Panel(
-                    f"Load of each expert, {layer.replace('layer', 'layer ')}", "training step", "share of assignments",
+                    f"Load of each expert, {layer.replace('layer', 'layer ')}{first}",
+                    "training step", "share of assignments",
                     {name.removeprefix("expert"): curve for name, curve in experts.items()},
                     level=1 / len(experts), bottom=0.0, own_legend=True,
                 )
-                for layer, experts in list(sparse.load.items())[-1:]
+                for layer, experts in list(every[SPARSE][0].load.items())[-1:]
             ]
         )  # fmt: skip
         dropped = {
-            f"{ordinal} choice, {PRESETS[name][1].experts.capacity_factor:g}": result.dropped[rank]
-            for name, result in (("cpu", sparse), (f"cpu-{WIDER}", by_name.get(WIDER)))
-            if result is not None
+            f"{ordinal} choice, {PRESETS[preset][1].experts.capacity_factor:g}": mean_curve(
+                [run.dropped[rank] for run in every[name]]
+            )
+            for name, preset in ((SPARSE, "cpu"), (WIDER, f"cpu-{WIDER}"))
+            if name in every
             for rank, ordinal in RANKS.items()
-            if rank in result.dropped
+            if rank in every[name][0].dropped
         }
         sheet[-1].append(
             Panel(
-                "Dropped, by choice and capacity factor",
+                f"Dropped, by choice and capacity{mean}",
                 "training step",
                 "share dropped",
                 dropped,

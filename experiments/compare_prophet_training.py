@@ -23,7 +23,7 @@ from experiments.command_line import given_config
 from experiments.figures import Panel, save_panels
 from experiments.metrics import read_metrics
 from experiments.output import print_with_paths
-from experiments.report import machine
+from experiments.report import machine, mean_and_error, mean_curve
 from experiments.runtime import exit_with, require_one_process
 from experiments.session import finish_each
 from spec_jax import DecoderConfig
@@ -115,11 +115,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         table.add_column(column)
     for way, bits in last.items():
         difference = bits - last[ALONE]
-        error = difference.std(ddof=1) / config.seeds**0.5
-        cells = ("", "") if way == ALONE else (f"{difference.mean():+.4f} ± {error:.4f}", f"{(difference < 0).sum()}")
-        table.add_row(way, f"{bits.mean():.4f} ± {bits.std(ddof=1) / config.seeds**0.5:.4f}", *cells)
+        cells = ("", "") if way == ALONE else (mean_and_error(difference, "+.4f"), f"{(difference < 0).sum()}")
+        table.add_row(way, mean_and_error(bits, ".4f"), *cells)
     console.print(table)
-    mean = {way: np.mean(np.array(runs), axis=0).tolist() for way, runs in curves.items()}
+    mean = {way: mean_curve(runs) for way, runs in curves.items()}
     single = {
         way: [(step, bits - alone) for (step, bits), (_, alone) in zip(mean[way], mean[ALONE], strict=True)]
         for way in WAYS

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -51,6 +52,21 @@ def _processor() -> str:
 def narrow_table(title: str, **options: Any) -> Table:
     """A table of which much fits 80 columns: one space between columns, and a line below their heads only."""
     return Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), **options)
+
+
+def mean_and_error(values: np.ndarray, form: str) -> str:
+    """The mean of several runs and its standard error, in this format; of one run, its value."""
+    mean = format(values.mean(), form)
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {format(values.std(ddof=1) / len(values) ** 0.5, form.removeprefix('+'))}"
+
+
+def mean_curve(curves: Sequence[figures.Points]) -> list[tuple[float, float]]:
+    """The mean of several runs' curves, at the places that all of them have."""
+    runs = [dict(curve) for curve in curves]
+    shared = [x for x in runs[0] if all(x in run for run in runs)]
+    return [(x, float(np.mean([run[x] for run in runs]))) for x in shared]
 
 
 def print_table(console: Console, measurements: Sequence[Measurement], *, title: str) -> None:

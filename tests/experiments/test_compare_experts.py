@@ -38,32 +38,44 @@ def result(variant: str, seed: int = 0, **changes: Any) -> Result:
 
 
 def test_the_table_by_hand():
-    """Losses at the end, drops and loads of the last quarter, means over seeds."""
+    """Losses at the end, against those of the same seed; drops and loads of the last quarter; means over seeds."""
     dense: dict[str, Any] = {"dropped": {}, "load": {}}
     rows = table_rows(
         [
             result("sparse"),
-            result("sparse", seed=1, bits=[(8.0, 2.5)], dropped={"rank1": [(8.0, 0.25)], "rank2": [(8.0, 0.0)]}),
             result("equal-flops", **dense),
+            result("sparse", seed=1, bits=[(8.0, 2.5)], dropped={"rank1": [(8.0, 0.25)], "rank2": [(8.0, 0.0)]}),
+            result("equal-flops", seed=1, bits=[(8.0, 2.75)], **dense),
         ]
     )
     assert rows == [
-        ("sparse", "2.250 (2.000 to 2.500)", "1.25 M", "2.50", "20.0%", "25.0%", "1.50 ×"),
-        ("dense, equal FLOPs", "2.000", "1.25 M", "2.50", "", "", ""),
+        ("sparse", "2.250 ± 0.250", "", "1.25 M", "2.5", "20%, 25%", "1.50 ×"),
+        ("dense, equal FLOPs", "2.375 ± 0.375", "+0.125 ± 0.125", "1.25 M", "2.5", "", ""),
     ]
+    alone = [("ff-none", "2.000", "", "1.25 M", "2.5", "15%, 50%", "1.50 ×")]
+    assert table_rows([result("ff-none")]) == alone
 
 
 def test_the_panels_by_hand():
-    """Of the first seed; computation in TFLOP; the load of the last layer with the share of an even one."""
+    """Losses and drops are means of seeds, the load of the last layer is of the first; computation in TFLOP."""
     wider = {"rank1": [(8.0, 0.05)]}
-    sheet = panels([result("sparse"), result("sparse", seed=1, bits=[]), result("capacity-2", dropped=wider)])
+    other = result("sparse", seed=1, bits=[(8.0, 2.5), (12.0, 2.0)], dropped={"rank1": [(8.0, 0.3)], "rank2": []})
+    sheet = panels([result("sparse"), other, result("capacity-2", dropped=wider)])
     (steps, flops), (load, dropped) = sheet
-    assert steps.lines == {"sparse": [(4, 3), (8, 2)]}
-    assert flops.lines == {"sparse": [(pytest.approx(4 * 400 * 2.5e6 / 1e12), 3), (pytest.approx(0.008), 2)]}
-    assert load.title == "Load of each expert, layer 3"
+    assert steps.lines == {"sparse": [(8, 2.25)]}
+    assert flops.lines == {"sparse": [(pytest.approx(8 * 400 * 2.5e6 / 1e12), 2.25)]}
+    assert (steps.title, load.title) == ("Loss against steps, 2 seeds", "Load of each expert, layer 3, first seed")
     assert (load.lines, load.level) == ({f"0{e}": [(2, 0.5), (8, 0.5)] for e in range(2)}, 0.5)
     assert list(dropped.lines) == ["1st choice, 1.25", "2nd choice, 1.25", "1st choice, 2"]
+    assert dropped.lines["1st choice, 1.25"] == [(8, pytest.approx(0.2))]
     assert dropped.lines["1st choice, 2"] == [(8, 0.05)]
+
+
+def test_the_panels_of_one_seed():
+    (steps, flops), (load, _) = panels([result("sparse")])
+    assert steps.lines == {"sparse": [(4, 3), (8, 2)]}
+    assert flops.lines == {"sparse": [(pytest.approx(4 * 400 * 2.5e6 / 1e12), 3), (pytest.approx(0.008), 2)]}
+    assert (steps.title, load.title) == ("Loss against steps", "Load of each expert, layer 3")
 
 
 def test_a_run_is_read_from_its_metrics(tmp_path: pathlib.Path):
