@@ -220,7 +220,7 @@ def _models_only(config: Config, target: Any, drafter: spec_jax.SmallModel, prom
             return (scored.logits[:, :, 0] > 0).astype(jnp.int32), scored.cache, output.cache
 
         caches = (model(prompt_bp, model.init_cache(*prompt_bp.shape)).cache.resized(size) for model in (target, draft))
-        tokens_bt = prompt_bp[:, : config.gamma + 1]
+        tokens_bt = jnp.zeros((prompt_bp.shape[0], config.gamma + 1), jnp.int32)
         return jax.lax.fori_loop(0, rounds, once, (tokens_bt, *caches))[0]
 
     prompt_bp = jnp.pad(jnp.asarray(prompt), ((0, 0), (0, width - prompt.shape[1])))

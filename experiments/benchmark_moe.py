@@ -33,7 +33,7 @@ from experiments.peak_memory import check_measurable, peak_memory
 from experiments.report import machine
 from experiments.runtime import exit_with
 
-Section = Literal["original", "mixtral", "dense", "sequence", "experts", "mesh"]
+Section = Literal["original", "mixtral", "dense", "sequence", "experts"]
 Shape = tuple[int, int]
 OURS = "moe_jax"
 RECOMPUTING = "moe_jax, recompute"
@@ -83,8 +83,6 @@ class Config:
         at_least(1, self, "dim", "shapes", "shape", "lengths", "growing_experts_shapes", "mixtral_hidden", "repeats")
         if not self.sections and not self.mesh:
             raise ValueError("sections must name at least one, got none")
-        if "mesh" in self.sections and not self.mesh:
-            raise ValueError("mesh must name at least one mesh for the section 'mesh', got none")
         for text in self.mesh:
             mesh_costs.parsed_mesh(text)
         if len(set(self.lengths)) < 2:

@@ -78,14 +78,12 @@ class CompareConfig:
     def run(self, variant: str, seed: int) -> TrainMoEConfig:
         """Configuration of one run."""
         preset = PRESETS["cpu" if variant == SPARSE else f"cpu-{variant}"][1]
-        steps = preset.steps if self.steps is None else self.steps
         return dataclasses.replace(
             preset,
             data=self.data,
             output=self.output / f"{variant}_{seed}",
             seed=seed,
-            steps=steps,
-            log_every=min(preset.log_every, steps),
+            steps=preset.steps if self.steps is None else self.steps,
             batch_size=preset.batch_size if self.batch_size is None else self.batch_size,
             sample_every=0,
             report=False,

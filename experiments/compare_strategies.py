@@ -1,4 +1,4 @@
-"""Which strategy when: trains every strategy on the same text and budget, and measures them all.
+"""Which strategy when: trains on the same text and budget what needs training, and measures every strategy.
 
     python -m experiments.compare_strategies --output runs/strategies
 

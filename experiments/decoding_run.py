@@ -20,6 +20,7 @@ from experiments.report import print_table, write_report
 from experiments.samples import print_samples
 from experiments.session import Origin, Task
 from experiments.train_state import LossFn, Models
+from spec_jax.checks import checked_rule
 
 GAMMAS = range(1, 9)
 
@@ -53,6 +54,7 @@ class DecodingRunConfig(RunConfig):
         at_least(1, self, "prompt_length", "generate_length", "report_repeats")
         at_least(0, self, "gamma")
         self.sampling.check()
+        checked_rule(self.verification)
 
     def check_drafting(self, name: str) -> None:
         """Checks the field `name`, a decoder that drafts for the target.
@@ -78,16 +80,14 @@ class DecodingRunConfig(RunConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Strategy:
-    """How a kind of run decodes with what it has trained.
+    """How a kind of run decodes with what it has trained, of which its `target` is one.
 
     Attributes:
       label: its name in figures.
-      target: the target among the run's models.
       drafter: (models, gamma) → what drafts for it.
     """
 
     label: str
-    target: Callable[[Models], Any]
     drafter: Callable[[Models, int], spec_jax.Drafter]
 
 
@@ -139,7 +139,7 @@ def decoding_task(
     def on_sample(models: Models, text: Text, done: int, console: Console) -> None:
         print_samples(
             console,
-            strategy.target(models),
+            models["target"],
             strategy.drafter(models, config.gamma),
             prompt(text.validation, config, done)[0].tolist(),
             title=f"step {done:,}",
@@ -152,7 +152,7 @@ def decoding_task(
     def on_report(models: Models, text: Text, console: Console, configuration: dict[str, Any]) -> None:
         with console.status("measuring plain and speculative decoding"):
             measurements = measure_decoding(
-                strategy.target(models),
+                models["target"],
                 {f"γ = {gamma}": strategy.drafter(models, gamma) for gamma in GAMMAS},
                 [prompt(text.test, config, repeat) for repeat in range(config.report_repeats)],
                 max_new_tokens=config.generate_length,

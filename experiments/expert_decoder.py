@@ -176,7 +176,8 @@ def equal_hidden(config: DecoderConfig, experts: ExpertsConfig) -> int:
     """
     dim, hidden = config.dim, experts.layer(config.dim).expert_hidden
     if experts.kind == "equal_flops":
-        layers = experts.capacity_factor + experts.add_ff_before + experts.add_ff_after
+        # An expert has at most one slot for each token.
+        layers = min(experts.capacity_factor, experts.num_experts) + experts.add_ff_before + experts.add_ff_after
         return round(layers * hidden + experts.num_experts / 3)
     sparse = jax.eval_shape(lambda: _sparse(config, experts, nnx.Rngs(0)))
     # Both products and the three biases of the hidden layer grow with the width; an output bias and a norm do not.

@@ -55,7 +55,7 @@ class LoadedRun:
     @property
     def target(self) -> Any:
         """The model whose text is wanted."""
-        return self.strategy.target(self.models)
+        return self.models["target"]
 
     def drafter(self, name: str, gamma: int | None = None) -> spec_jax.Drafter | None:
         """What drafts, by name; None decodes plainly.

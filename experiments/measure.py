@@ -18,6 +18,8 @@ from experiments.stage_costs import StageLoops
 from spec_jax.drafters.plain import Plain
 
 PLAIN = "plain"
+# What a key is folded with to measure.
+MEASURING = 2**31
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,7 +148,8 @@ def measure_decoding(
       One measurement for plain decoding, then one for each drafter.
     """
     shared = {"max_new_tokens": max_new_tokens, "sampling": sampling}
-    keys = jax.random.split(jax.random.key(seed), len(prompts))
+    # Apart from those that drew the weights of a run with this seed, which are split from its key.
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), MEASURING), len(prompts))
     calls: dict[str, Callable[[int], Any]] = {
         PLAIN: lambda repeat: spec_jax.base_decoding(target, prompts[repeat], key=keys[repeat], **shared)
     }

@@ -28,7 +28,6 @@ from spec_jax.losses import distillation_loss, next_token_loss
 KIND = "train_draft"
 STRATEGY = Strategy(
     label="small draft",
-    target=lambda models: models["target"],
     drafter=lambda models, gamma: spec_jax.SmallModel(models["draft"], gamma=gamma),
 )
 

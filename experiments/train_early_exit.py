@@ -30,7 +30,6 @@ from spec_jax.losses import distillation_loss, early_exit_logits, next_token_los
 KIND = "train_early_exit"
 STRATEGY = Strategy(
     label="early exit",
-    target=lambda models: models["target"],
     drafter=lambda models, gamma: spec_jax.EarlyExit(gamma=gamma),
 )
 

@@ -159,7 +159,8 @@ def origin(config: TrainMoEConfig) -> Origin | None:
             if different := differences(as_json(dense[name].config), as_json(getattr(config, name))):
                 fields = "; ".join(f"{name}.{difference}" for difference in different)
                 raise ValueError(f"{name} must be that of {config.upcycle_from}, got other fields: {fields}")
-        router_seed = jax.random.split(jax.random.key(config.seed))[0]
+        # The first two drew the dense run's weights.
+        router_seed = jax.random.split(jax.random.key(config.seed), 3)[2]
         return {**dense, "target": upcycled(dense["target"], config.experts, rngs=nnx.Rngs(router_seed))}
 
     return Origin(argument="upcycle_from", output=config.upcycle_from, models_of=dense_models, convert=convert)

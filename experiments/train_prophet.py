@@ -31,7 +31,6 @@ from spec_jax.prophet import ProphetModel
 KIND = "train_prophet"
 STRATEGY = Strategy(
     label="prophet",
-    target=lambda models: models["target"],
     drafter=lambda models, gamma: spec_jax.Prophet(models["prophet"], gamma=gamma),
 )
 

@@ -19,8 +19,8 @@ from moe_jax import token_sharding
 
 Models = Mapping[str, Any]
 LossFn = Callable[[Models, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
-"""(models, tokens (B, T + 1) int32) → (the scalar to descend, scalars to report). Every reported value is a mean over
-the batch's rows, so that microbatches can be averaged."""
+"""(models, tokens (B, T + 1) int32) → (the scalar to descend, scalars to report). A step descends and reports the means
+over its microbatches."""
 
 
 def num_parameters(model: Any) -> int:
@@ -126,7 +126,7 @@ def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
     devices = mesh.shape["data"]
     if batch_size % devices:
         total = batch_size * accumulation
-        hint = f": --batch-size {devices} --accumulation {total // devices} is the same step"
+        hint = f": --batch-size {devices} --accumulation {total // devices} reads the same rows"
         raise ValueError(
             f"batch_size must be a multiple of the {devices} devices that share it, got {batch_size}"
             + (hint if total % devices == 0 else "")

@@ -45,7 +45,7 @@ class Job:
       configuration: the same and what else identifies the run, as JSON; written with every checkpoint.
       text: what it reads.
       mesh: all devices, along `data` and `expert`. Layers with experts find it as the mesh of `jax.set_mesh`.
-      loss_fn: what it descends. The reports must be means over rows.
+      loss_fn: what it descends.
       main_loss: the report whose bits per byte the progress bar shows.
       on_sample: called with the models every `sample_every` steps.
       validation_loss_fn: what is reported of validation text, where that is not `loss_fn`.

@@ -19,10 +19,10 @@ def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
-def whole(name: str, value: Any, least: int) -> None:
-    """Raises ValueError when `value` is no integer, or a smaller one."""
+def whole(name: str, value: Any, least: int, *, otherwise: str = "") -> None:
+    """Raises ValueError when `value` is no integer, or a smaller one. `otherwise` says what else it might have been."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise ValueError(f"{name} must be an integer, got {value!r}")
+        raise ValueError(f"{name} must be an integer{otherwise}, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 

@@ -82,7 +82,7 @@ def relaxed_top_k(scores_te: jax.Array, size: float, *, iterations: int, tempera
       temperature: weight of the entropy, in units of the scores. Static.
 
     Raises:
-      ValueError: the scores are no array of floating point, or an argument is out of range.
+      ValueError: the scores are no (T, E) floating point, or an argument is out of range.
 
     Source: CoLT5 2303.09752; Wright 1502.04759.
     """
@@ -91,8 +91,10 @@ def relaxed_top_k(scores_te: jax.Array, size: float, *, iterations: int, tempera
     positive("temperature", temperature)
     whole("iterations", iterations, 1)
     positive("size", size)
-    if size > scores_te.shape[-1]:
-        raise ValueError(f"size must be above 0 and at most the {scores_te.shape[-1]} scores, got {size}")
+    if scores_te.ndim != 2:
+        raise ValueError(f"scores_te must be (T, E), got {scores_te.shape}")
+    if size > scores_te.shape[1]:
+        raise ValueError(f"size must be at most the {scores_te.shape[1]} scores, got {size}")
     # NumPy's numbers promote what they meet.
     size, temperature = float(size), float(temperature)
 

@@ -9,6 +9,7 @@ from the tokens and sum what they make of them over each token (`moe_jax.grouped
 """
 
 import dataclasses
+from functools import partial
 from typing import Literal, Protocol, get_args
 
 import jax
@@ -88,7 +89,7 @@ def mixture(
         raise ValueError(f"x_td must be (T, D) of the routing's {len(routing.keep_ta)} tokens, got {x_td.shape}")
     dtype = wide_dtype(x_td.dtype)
     routing = dataclasses.replace(routing, gate_ta=routing.gate_ta.astype(dtype))
-    if routing.capacity == 0:
+    if routing.capacity == 0 or len(x_td) == 0:
         # No expert is asked.
         return jnp.zeros_like(x_td, dtype)
     weight_ta = dispatch_weight(routing.gate_ta) if straight_through else None
@@ -122,7 +123,9 @@ def _dense(x_td: jax.Array, routing: Routing, experts: ExpertFunctions, weight_t
     slot_tac = jax.nn.one_hot(routing.slot_ta, groups * routing.capacity, dtype=dtype)
     place = jnp.where(routing.keep_ta[:, :, None], expert_tae, 0), slot_tac
     weight_ta = jnp.ones_like(routing.gate_ta) if weight_ta is None else weight_ta
-    dispatch_tec = jnp.einsum("tae,tac,ta->tec", *place, weight_ta)
-    combine_tec = jnp.einsum("tae,tac,ta->tec", *place, routing.gate_ta)
-    x_ecd = jnp.einsum("td,tec->ecd", x_td.astype(dtype), dispatch_tec).astype(x_td.dtype)
-    return jnp.einsum("ecd,tec->td", experts.batched(x_ecd).astype(dtype), combine_tec)
+    # At full precision on every backend, as what the other two add up is.
+    einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    dispatch_tec = einsum("tae,tac,ta->tec", *place, weight_ta)
+    combine_tec = einsum("tae,tac,ta->tec", *place, routing.gate_ta)
+    x_ecd = einsum("td,tec->ecd", x_td.astype(dtype), dispatch_tec).astype(x_td.dtype)
+    return einsum("ecd,tec->td", experts.batched(x_ecd).astype(dtype), combine_tec)

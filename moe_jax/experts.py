@@ -220,41 +220,32 @@ class Experts(nnx.Module):
 
     def batched(self, x_ecd: jax.Array) -> jax.Array:
         """Every expert on its own C rows: (E, C, D) to (E, C, D)."""
-        x_ecd = floating_array("x", x_ecd)
-        if x_ecd.ndim != 3:
-            raise ValueError(f"x must be (E, C, D), got {x_ecd.shape}")
-        self._check(len(x_ecd), x_ecd)
+        x_ecd = floating_array("x_ecd", x_ecd)
+        experts, dim, _ = self.w_in_edf.shape
+        if x_ecd.ndim != 3 or x_ecd.shape[::2] != (experts, dim):
+            raise ValueError(f"x_ecd must be ({experts}, C, {dim}), got {x_ecd.shape}")
         return self._by_group(x_ecd.reshape(-1, x_ecd.shape[2]), None).reshape(x_ecd.shape)
 
     def grouped(self, x_sd: jax.Array, sizes_e: jax.Array) -> jax.Array:
         """Rows sorted by expert, `sizes_e` each: (S, D) to (S, D). Rows beyond the last expert's are undefined."""
-        x_sd = floating_array("x", x_sd)
+        x_sd = floating_array("x_sd", x_sd)
         array("sizes_e", sizes_e)
-        if x_sd.ndim != 2:
-            raise ValueError(f"x must be (S, D), got {x_sd.shape}")
-        if sizes_e.ndim != 1 or not jnp.issubdtype(sizes_e.dtype, jnp.integer):
-            raise ValueError(f"sizes_e must be (E,) integers, got {sizes_e.shape} {sizes_e.dtype}")
-        self._check(len(sizes_e), x_sd)
+        experts, dim, _ = self.w_in_edf.shape
+        if x_sd.ndim != 2 or x_sd.shape[1] != dim:
+            raise ValueError(f"x_sd must be (S, {dim}), got {x_sd.shape}")
+        if sizes_e.shape != (experts,) or not jnp.issubdtype(sizes_e.dtype, jnp.integer):
+            raise ValueError(f"sizes_e must be ({experts},) integers, got {sizes_e.shape} {sizes_e.dtype}")
         return self._by_group(x_sd, sizes_e.astype(jnp.int32))
 
     def mixed(self, x_td: jax.Array, sent: Sent, sizes: jax.Array | int) -> jax.Array:
         """Each token's sum over its rows (see `moe_jax.dispatch.ExpertFunctions`)."""
-        x_td = floating_array("x", x_td)
-        if isinstance(sizes, int):
-            rows = len(sent.gate_s)
-            # Of no rows it is not known how many experts they are for.
-            self._check(rows // sizes if rows else None, x_td)
-            return self._by_group(x_td, None, sent)
-        self._check(len(sizes), x_td)
-        return self._by_group(x_td, sizes, sent)
-
-    def _check(self, routed: int | None, x: jax.Array) -> None:
-        """Raises ValueError when rows are for other experts or of another width."""
         experts, dim, _ = self.w_in_edf.shape
-        if routed not in (None, experts):
+        equal = isinstance(sizes, int)
+        if (routed := len(sent.gate_s) // sizes if equal else len(sizes)) != experts:
             raise ValueError(f"experts must be the {routed} of the routing, got {experts}")
-        if x.shape[-1] != dim:
-            raise ValueError(f"x must be {dim} wide, got {x.shape}")
+        if x_td.shape[1] != dim:
+            raise ValueError(f"x_td must be (T, {dim}), got {x_td.shape}")
+        return self._by_group(x_td, None if equal else sizes, sent)
 
     def _by_group(self, x: jax.Array, sizes_e: jax.Array | None, sent: Sent | None = None) -> jax.Array:
         weights = weights_by_half(

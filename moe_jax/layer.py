@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx, struct
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -100,7 +101,7 @@ class MoE(nnx.Module):
           ValueError: a shape or dtype does not fit, `train` is no bool, the key is missing, or arrays are split over
             Explicit axes of a mesh that is not in force.
         """
-        check_call(self.config, x, mask, train=train)
+        check_call(self.config, x, key, mask, train=train)
         x = jnp.asarray(x)
         return with_auto_axes(partial(MoE._routed, train=train), _places(x), self, x, key, mask)
 
@@ -198,6 +199,13 @@ class RMSNorm(nnx.Module):
     """Hidden states over their root mean square, times a learned scale `scale_d` (D,). At least float32 inside.
 
     As in the original, times the square root of D over their norm, which counts as 1e-12 where it is less.
+
+    Args:
+      dim: D.
+      param_dtype: of the scale.
+
+    Raises:
+      ValueError: `dim` is no integer above 0, or `param_dtype` not floating point.
     """
 
     def __init__(self, dim: int, *, param_dtype: DTypeLike = jnp.float32) -> None:
@@ -206,7 +214,11 @@ class RMSNorm(nnx.Module):
         self.scale_d = nnx.Param(jnp.ones(dim, param_dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(..., D) to (..., D)."""
+        """(..., D) to (..., D).
+
+        Raises:
+          ValueError: `x` is of another width, or not floating point.
+        """
         x = floating_array("x", x)
         if x.shape[-1:] != self.scale_d.shape:
             raise ValueError(f"x must be (..., {len(self.scale_d)}), got {x.shape}")
@@ -265,7 +277,7 @@ class SparseMoEBlock(nnx.Module):
         self, x: jax.Array, *, train: bool, key: jax.Array | None = None, mask: jax.Array | None = None
     ) -> MoEOutput:
         """As `MoE.__call__`, with residuals: padding keeps its own."""
-        check_call(self.moe.config, x, mask, train=train)
+        check_call(self.moe.config, x, key, mask, train=train)
         x = jnp.asarray(x)
         return with_auto_axes(partial(SparseMoEBlock._residual, train=train), _places(x), self, x, key, mask)
 
@@ -315,10 +327,12 @@ def router_inputs(moe: MoE, x_td: jax.Array, mask_t: jax.Array, noise: RouterNoi
     )
 
 
-def check_call(config: MoEConfig, x: jax.Array, mask: jax.Array | None, *, train: bool) -> None:
-    """Raises ValueError when an argument does not fit the layer."""
+def check_call(config: MoEConfig, x: jax.Array, key: jax.Array | None, mask: jax.Array | None, *, train: bool) -> None:
+    """Raises ValueError when an argument does not fit the layer. What a key is of is looked at where one is used."""
     flag("train", train)
     array("x", x)
+    if key is not None and not isinstance(key, jax.Array | np.ndarray):
+        raise ValueError(f"key must be one PRNG key, got a {type(key).__name__}")
     if mask is not None:
         array("mask", mask)
     got = f"{x.shape} {x.dtype}"

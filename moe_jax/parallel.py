@@ -21,6 +21,7 @@ Within a `jax.shard_map` over another axis of the same mesh it computes, but JAX
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -61,10 +62,7 @@ class Placement:
     @property
     def devices(self) -> int:
         """Devices that tokens are split over."""
-        size = 1
-        for axis in self.axes:
-            size *= self.mesh.shape[axis]
-        return size
+        return math.prod(self.mesh.shape[axis] for axis in self.axes)
 
 
 def placement(config: MoEConfig, mesh: Mesh | None) -> Placement | None:

@@ -151,7 +151,7 @@ def chosen(router: Router, inputs: RouterInputs, *, train: bool) -> Choice:
         value = getattr(choice, field.name)
         shape, kind = of_field.get(field.name, (by_choice, jnp.floating))
         if (got := getattr(value, "shape", type(value).__name__)) != shape:
-            raise ValueError(f"router must give {field.name} {shape}, as its num_choices says, got {got}")
+            raise ValueError(f"router must give {field.name} {shape}, of T, num_choices or E, got {got}")
         if not jnp.issubdtype(value.dtype, kind):
             raise ValueError(f"router must give {field.name} of a dtype that is {kind.__name__}, got {value.dtype}")
     return dataclasses.replace(

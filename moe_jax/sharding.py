@@ -1,5 +1,6 @@
 """How the parameters of a model with expert layers, and tokens, are spread over a mesh."""
 
+import math
 import re
 from typing import Any
 
@@ -90,10 +91,7 @@ def token_sharding(mesh: Mesh, batch: int, *, data_axis: str = "data", expert_ax
     sizes = dict(mesh.shape)
     axes = tuple(axis for axis in (data_axis, expert_axis) if axis in sizes)
     for split in (axes, axes[:1]):
-        devices = 1
-        for axis in split:
-            devices *= sizes[axis]
-        if batch % devices == 0:
+        if batch % math.prod(sizes[axis] for axis in split) == 0:
             return NamedSharding(mesh, P(split))
     return NamedSharding(mesh, P())
 

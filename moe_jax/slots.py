@@ -78,7 +78,7 @@ def check_group_size(group_size: int | str) -> None:
     if isinstance(group_size, str):
         one_of("group_size", group_size, ("batch", "sequence"))
     else:
-        whole("group_size", group_size, 1)
+        whole("group_size", group_size, 1, otherwise=", 'batch' or 'sequence'")
 
 
 def capacity(tokens: int, num_experts: int, factor: float | None, min_capacity: int) -> int:

@@ -48,12 +48,12 @@ def checked_prompt(
     return np.where(real_bp, prompt_bp, 0).astype(np.int32), length_b.astype(np.int32)
 
 
-def checked_drafter(target: LanguageModel, drafter: Drafter, verification: str, lenience: float) -> Verification:
-    """The rule, after checking that it, the drafter and the target go together.
+def check_drafter(target: LanguageModel, drafter: Drafter) -> None:
+    """Checks that the drafter is one, and for this target.
 
     Raises:
-      ValueError: negative gamma, different vocabularies, an unknown rule, or lenience outside (0, 1] or with a rule
-        that has none.
+      ValueError: it is no pytree of a `Drafter`, gamma no integer or negative, the vocabularies differ, or what its own
+        check says.
     """
     if not isinstance(drafter, Drafter):
         raise ValueError(f"drafter must be a spec_jax.Drafter, such as SmallModel(draft), got {type(drafter).__name__}")
@@ -68,9 +68,21 @@ def checked_drafter(target: LanguageModel, drafter: Drafter, verification: str, 
         raise ValueError(
             f"drafter must have the target's vocabulary of {target.vocab_size} tokens, got {drafter.vocab_size}"
         )
-    rule = checked_rule(verification)
+
+
+def checked_rule(verification: str, lenience: float = 1.0) -> Verification:
+    """The rule of that name.
+
+    Raises:
+      ValueError: there is none, or lenience is outside (0, 1] or with a rule that has none.
+    """
+    try:
+        rule = Verification(verification)
+    except ValueError:
+        names = ", ".join(repr(str(name)) for name in Verification)
+        raise ValueError(f"verification must be one of {names}, got {verification!r}") from None
     _check_known("lenience", lenience)
-    if isinstance(lenience, jax.Array) and lenience.ndim == 0:
+    if isinstance(lenience, jax.Array | np.ndarray) and lenience.ndim == 0:
         lenience = lenience.item()
     # As a float32, which the smallest float64s are 0 in.
     if not is_number(lenience) or not 0 < np.float32(lenience) <= 1:
@@ -78,19 +90,6 @@ def checked_drafter(target: LanguageModel, drafter: Drafter, verification: str, 
     if lenience != 1 and rule != Verification.REJECTION:
         raise ValueError(f"lenience must be 1 for verification {str(rule)!r}: only 'rejection' has it; got {lenience}")
     return rule
-
-
-def checked_rule(verification: str) -> Verification:
-    """The rule of that name.
-
-    Raises:
-      ValueError: there is none.
-    """
-    try:
-        return Verification(verification)
-    except ValueError:
-        names = ", ".join(repr(str(name)) for name in Verification)
-        raise ValueError(f"verification must be one of {names}, got {verification!r}") from None
 
 
 def checked_sampling(sampling: Any) -> Sampling:
@@ -201,7 +200,8 @@ def checked_size(cache_size: int | None, *, width: int, max_new_tokens: int, gam
     # An int8 of NumPy would not hold the sum.
     gamma = int(gamma)
     if cache_size is None:
-        size = bucket(width + bucket(int(max_new_tokens)) + gamma + 1)
+        # A multiple of 8, as products on a GPU like their sizes; no larger, for attention reads every slot.
+        size = bucket(width + bucket(int(max_new_tokens)) + gamma + 1, 8)
     else:
         needed = width + int(max_new_tokens) + gamma + 1
         if not is_integer(cache_size) or cache_size < needed:

@@ -28,8 +28,8 @@ class DecoderConfig:
       early_exit_layer: blocks before the early exit, a branch with logits of its own; None is no exit.
       early_exit_extra_blocks: blocks that only the exit has, between the trunk and its head.
       detach_early_exit_hiddens: whether the exit's gradient stops at the trunk.
-      early_exit_recycling: longest draft for which the exit also sees the trunk's last hidden state of an earlier
-        position, the newest one that is there when a draft begins; 0 is no recycling.
+      early_exit_recycling: how many positions back, at most, is the trunk's last hidden state that the exit also sees
+        in training; 0 is no recycling. Drafting has the newest one there is when a draft begins, up to gamma back.
     """
 
     vocab_size: int = 256

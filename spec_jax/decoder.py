@@ -1,4 +1,4 @@
-"""The byte-level decoder: one forward for training, prefill, one-token decoding and scoring a draft."""
+"""The decoder: one forward for training, prefill, one-token decoding and scoring a draft."""
 
 from __future__ import annotations
 

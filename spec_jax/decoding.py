@@ -55,7 +55,7 @@ def base_decoding(
       pad_id: what fills the output after the end.
       row_ids: (B,) names of the rows for the noise; None is 0…B−1.
       cache_size: slots a row, at least P + max_new_tokens + 1; None is that with P and max_new_tokens rounded up to
-        multiples of 64, and so is the sum. Attention reads all of them.
+        multiples of 64, and the sum to one of 8. Attention reads all of them.
 
     Returns:
       Tokens, lengths and statistics.
@@ -185,7 +185,7 @@ def stream(
     """
     if drafter is None:
         drafter = Plain()
-        checks.checked_drafter(target, drafter, verification, lenience)
+        checks.checked_rule(verification, lenience)
         verification, lenience = Verification.COUPLED, 1.0
     prepared = _prepare(
         target, drafter, prompt, prompt_length, max_new_tokens, key, sampling, eos_id, pad_id, verification, lenience,
@@ -222,7 +222,8 @@ def _prepare(
     """Checks the arguments and pads the prompt to its bucket."""
     check_model("target", target)
     vocab_size = target.vocab_size
-    rule = checks.checked_drafter(target, drafter, verification, lenience)
+    checks.check_drafter(target, drafter)
+    rule = checks.checked_rule(verification, lenience)
     # NumPy's small integers would overflow.
     if type(drafter.gamma) is not int:
         drafter = dataclasses.replace(cast(Any, drafter), gamma=int(drafter.gamma))

@@ -51,7 +51,7 @@ def decoder_from_torch(state_dict: Mapping[str, ArrayLike], **constructor_args: 
       ValueError: an unknown argument; no mapping, or weights that are missing, left over, of another shape or not
         floating point.
     """
-    decoder = nnx.eval_shape(lambda: Decoder(_config(constructor_args), rngs=nnx.Rngs(0)))
+    decoder = nnx.eval_shape(lambda: Decoder(_config("constructor_args", constructor_args), rngs=nnx.Rngs(0)))
     return _load(decoder, torch_names(decoder.config), state_dict)
 
 
@@ -79,15 +79,15 @@ def pair_from_torch(
       trained there has random ones: train it further before use.
 
     Raises:
-      ValueError: an unknown argument; weights that are missing, left over, of another shape or not floating
-        point.
+      ValueError: an unknown argument; no mapping, or weights that are missing, left over, of another shape or not
+        floating point.
     """
 
     def make() -> ModelWithProphet:
         rngs = nnx.Rngs(0)
         return ModelWithProphet(
-            Decoder(_config(model), rngs=rngs),
-            Decoder(_config(prophet), rngs=rngs),
+            Decoder(_config("model", model, "model."), rngs=rngs),
+            Decoder(_config("prophet", prophet, "prophet."), rngs=rngs),
             prophet_train_length=prophet_train_length,
             num_leading_start_tokens=num_leading_start_tokens,
             detach_target_hiddens=detach_model_embed_for_prophet,
@@ -190,17 +190,20 @@ def _block_names(ours: str, theirs: str) -> dict[str, str]:
     }
 
 
-def _config(constructor_args: Mapping[str, Any]) -> DecoderConfig:
+def _config(name: str, constructor_args: Mapping[str, Any], prefix: str = "") -> DecoderConfig:
+    """The configuration for the original's arguments, which the user passed by this name, each with this prefix."""
+    if not isinstance(constructor_args, Mapping):
+        raise ValueError(f"{name} must map arguments to values, got {constructor_args!r}")
     unknown = sorted(set(constructor_args) - set(_CONFIG_NAMES))
     if unknown:
-        raise ValueError(f"constructor_args must be among {sorted(_CONFIG_NAMES)}, got {unknown}")
+        raise ValueError(f"{name} must be among {sorted(_CONFIG_NAMES)}, got {unknown}")
     try:
-        return DecoderConfig(**{_CONFIG_NAMES[name]: value for name, value in constructor_args.items()})
+        return DecoderConfig(**{_CONFIG_NAMES[given]: value for given, value in constructor_args.items()})
     except ValueError as error:
         # Its message begins with the argument.
         ours, _, rest = str(error).partition(" ")
         theirs = {ours: theirs for theirs, ours in _CONFIG_NAMES.items()}
-        raise ValueError(f"{theirs.get(ours, ours)} {rest}") from error
+        raise ValueError(f"{prefix}{theirs.get(ours, ours)} {rest}") from error
 
 
 def _load(model: Any, names: Mapping[str, str], state_dict: Mapping[str, ArrayLike]) -> Any:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from spec_jax.drafters.base import Choose, Drafter, LanguageModel, Sequence
-from spec_jax.noise import Purpose, gumbel, position_gumbel, round_noise
+from spec_jax.noise import Purpose, gumbel, position_gumbel, round_noise, uniform
 from spec_jax.result import DecodeResult, DecodeStats
 from spec_jax.sampling import Sampling, draw, filtered_log_probs
 from spec_jax.sharding import left_to_compiler, over_rows
@@ -248,7 +248,7 @@ def _verify(
         return coupled(draft, target_log_probs_btv, position_noise_btv)
     gamma, vocab_size = draft.log_probs_bjv.shape[1:]
     place = (request.row_ids_b, sequence.length_b)
-    uniform_bj = round_noise(request.key, Purpose.ACCEPTANCE, *place, (gamma,), jax.random.uniform)
+    uniform_bj = round_noise(request.key, Purpose.ACCEPTANCE, *place, (gamma,), uniform)
     gumbel_bv = round_noise(request.key, Purpose.RESIDUAL, *place, (vocab_size,), gumbel)
     if request.verification == Verification.BLOCK:
         return block(draft, target_log_probs_btv, uniform_bj, gumbel_bv)

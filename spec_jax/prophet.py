@@ -25,6 +25,9 @@ class ProphetModel(nnx.Module):
     """
 
     def __init__(self, decoder: Decoder, *, target_dim: int, num_leading_start_tokens: int = 1, rngs: nnx.Rngs) -> None:
+        if not isinstance(decoder, Decoder):
+            raise ValueError(f"decoder must be a Decoder, got {type(decoder).__name__}")
+        check_integer("target_dim", target_dim, 1)
         check_integer("num_leading_start_tokens", num_leading_start_tokens, 1)
         if decoder.early_exit is not None:
             raise ValueError("prophet must be a Decoder without an early exit, got one with it")

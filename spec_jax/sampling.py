@@ -11,7 +11,7 @@ import numpy as np
 from flax import struct
 from jax.core import Tracer
 
-from spec_jax.scalars import is_number
+from spec_jax.scalars import is_integer, is_number
 
 Scalar = float | jax.Array | np.ndarray
 _FLOAT32 = jnp.finfo(jnp.float32)
@@ -43,11 +43,14 @@ class Sampling:
         _require("temperature", self.temperature, lambda x: 0 <= x <= float(_FLOAT32.max), "a finite number >= 0")
         _require("top_p", self.top_p, lambda x: 0 < x <= 1, "in (0, 1]")
         _require("min_p", self.min_p, lambda x: 0 <= x <= 1, "in [0, 1]")
-        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int | np.integer | float | None):
+        if self.top_k is None:
+            return
+        if not is_number(self.top_k):
             raise ValueError(f"top_k must be an integer count, a float fraction or None, got {self.top_k!r}")
-        if isinstance(self.top_k, int | np.integer) and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
-        if isinstance(self.top_k, float) and not 0 <= self.top_k < 1:
+        if is_integer(self.top_k):
+            if self.top_k < 1:
+                raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+        elif not 0 <= self.top_k < 1:
             raise ValueError(f"top_k as a fraction must be in [0, 1), got {self.top_k}")
 
     def checked(self) -> Sampling:
@@ -106,7 +109,7 @@ def filtered_log_probs(logits: jax.Array, sampling: Sampling) -> jax.Array:
 def keep_top_k(scores: jax.Array, top_k: int | float) -> jax.Array:
     """−inf below the k-th largest score, with k counted or a fraction as in `Sampling.top_k`."""
     vocab_size = scores.shape[-1]
-    count = min(int(top_k), vocab_size) if isinstance(top_k, int | np.integer) else math.ceil((1 - top_k) * vocab_size)
+    count = min(int(top_k), vocab_size) if is_integer(top_k) else math.ceil((1 - top_k) * vocab_size)
     smallest_kept = sort_descending(scores)[..., count - 1 : count]
     return jnp.where(scores < smallest_kept, -jnp.inf, scores)
 
@@ -129,10 +132,10 @@ def sort_descending(scores: jax.Array) -> jax.Array:
     comparison function of its own on a CPU, five times as slow (25 µs, not 5, for 256 tokens).
     """
     bits = jax.lax.bitcast_convert_type(scores, jnp.int32)
-    ascending = jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
-    ascending = ~jnp.sort(~ascending, axis=-1)
+    integers = jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
+    integers = ~jnp.sort(~integers, axis=-1)
     return jax.lax.bitcast_convert_type(
-        jnp.where(ascending < 0, ascending ^ jnp.int32(0x7FFFFFFF), ascending), jnp.float32
+        jnp.where(integers < 0, integers ^ jnp.int32(0x7FFFFFFF), integers), jnp.float32
     )
 
 

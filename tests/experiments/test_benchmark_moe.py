@@ -91,7 +91,6 @@ def test_meshes_refused(tmp_path: pathlib.Path, mesh: tuple[str, ...], message: 
         ({"growing_experts": ()}, r"growing_experts must have at least one value, got \(\)"),
         ({"num_experts": 1}, "num_experts must be at least 2, got 1"),
         ({"sections": ()}, "sections must name at least one, got none"),
-        ({"sections": ("dense", "mesh")}, "mesh must name at least one mesh for the section 'mesh', got none"),
         ({"lengths": (16, 16)}, "lengths must be two different ones at least"),
         ({"lengths": (16, 16, 32)}, "lengths must be different ones, got 16 16 32"),
         ({"sections": ("dense", "dense")}, "sections must be different ones, got dense dense"),

@@ -44,6 +44,7 @@ from spec_jax import DecoderConfig
         ({"learning_rate": float("nan")}, "learning_rate must be above 0, got nan"),
         ({"clip_norm": -1.0}, "clip_norm must be above 0"),
         ({"adam_b2": 1.0}, r"adam_b2 must be in \[0, 1\), got 1.0"),
+        ({"verification": "blok"}, "verification must be one of 'rejection', 'block', 'coupled', got 'blok'"),
         ({"schedule": "linear"}, "schedule must be 'constant' or 'cosine', got 'linear'"),
         ({"resume": True, "overwrite": True}, "resume and overwrite must not both be given"),
         ({"temperature": -1.0}, "temperature must be"),

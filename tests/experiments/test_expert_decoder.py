@@ -186,6 +186,9 @@ def test_equal_flops_by_hand():
     for before, after in ((False, True), (True, False), (True, True)):
         experts = dataclasses.replace(experts, add_ff_before=before, add_ff_after=after)
         assert equal_hidden(CONFIG, experts) == round((1.25 + before + after) * 24 + 32 * 4 / (3 * 32))
+    # Two experts have room for every token twice, whatever the factor.
+    wide = dataclasses.replace(experts, num_experts=2, capacity_factor=4.0, add_ff_before=False)
+    assert equal_hidden(CONFIG, wide) == round((2 + 1) * 24 + 32 * 2 / (3 * 32))
 
 
 @pytest.mark.parametrize(("before", "after"), [(True, False), (False, True)])

@@ -263,6 +263,22 @@ def test_runs_of_other_models_are_not_upcycled(tmp_path):
         origin.convert(nnx.eval_shape(lambda: train_moe.make_models(other)))
 
 
+def test_an_upcycled_router_is_drawn_apart(tmp_path):
+    """From the dense run's own weights, though both runs may have one seed."""
+    experts = ExpertsConfig(every=2, num_experts=6, hidden=16, threshold=1e-6, add_ff_after=False)
+    config = config_of(tmp_path, upcycle_from=tmp_path, experts=experts)
+    dense = dataclasses.replace(
+        config, upcycle_from=None, experts=ExpertsConfig(every=2, kind="equal_flops", hidden=16)
+    )
+    models: Any = train_moe.make_models(dense)
+    hidden = models["target"].blocks[1].feed_forward.feed_forward.w_out_fd.shape[0]
+    config = dataclasses.replace(config, experts=dataclasses.replace(experts, hidden=hidden))
+    origin: Any = train_moe.origin(config)
+    router_de = origin.convert(models)["target"].blocks[1].feed_forward.block.moe.router_de[...]
+    weights = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(models)])
+    assert not np.isin(router_de, weights).any()
+
+
 @pytest.mark.slow
 def test_upcycling_starts_where_the_dense_run_ended(tmp_path):
     dense = dense_run(tmp_path)

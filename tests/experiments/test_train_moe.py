@@ -210,8 +210,6 @@ def test_variants_are_compared(tmp_path, monkeypatch: pytest.MonkeyPatch):
     study = compare_experts.CompareConfig(output=output, steps=4, data=str(tmp_path / "text.txt"))
     alone = compare_experts.result_of("capacity-2", study.run("capacity-2", 0))
     assert [list(panel.lines) for panel in compare_experts.panels([alone])[0]] == [["capacity-2"]] * 2
-    # Fewer steps than there are between two records make one all the same.
-    assert dataclasses.replace(study, steps=1).run("sparse", 0).log_every == 1
     trained = (output / "sparse_0" / "metrics.jsonl").stat().st_mtime_ns
     assert compare_experts.main(arguments) == 0
     assert (output / "sparse_0" / "metrics.jsonl").stat().st_mtime_ns == trained

@@ -124,7 +124,8 @@ def slots_of_five_tokens(*, grouped: int = 5, **changes: Any) -> Routing:
         ),
         (lambda: config(min_capacity=-1), "min_capacity must be at least 0, got -1"),
         (lambda: config(group_size=0), "group_size must be at least 1, got 0"),
-        (lambda: config(group_size=12.0), "group_size must be an integer, got 12.0"),
+        (lambda: config(group_size=12.0), "group_size must be an integer, 'batch' or 'sequence', got 12.0"),
+        (lambda: config(group_size=None), "group_size must be an integer, 'batch' or 'sequence', got None"),
         (lambda: config(group_size="row"), "group_size must be one of batch, sequence, got 'row'"),
         (lambda: config(slot_order="best"), "slot_order must be one of token, choice, priority, got 'best'"),
         (lambda: config(dispatch="sparse"), "dispatch must be one of dense, index, ragged, got 'sparse'"),
@@ -154,7 +155,7 @@ def slots_of_five_tokens(*, grouped: int = 5, **changes: Any) -> Routing:
         ),
         (
             lambda: layer(router=TopN())(hidden_states(*X), train=True),
-            "key must be a PRNG key for the policy 'random', got None",
+            "key must be a PRNG key for the router, got None",
         ),
         (
             lambda: layer(gumbel_noise=1.0, input_jitter=0.1)(hidden_states(*X), train=True),
@@ -228,7 +229,14 @@ def slots_of_five_tokens(*, grouped: int = 5, **changes: Any) -> Routing:
             lambda: relaxed_top_k(hidden_states(2, 4), anything("2"), iterations=3, temperature=0.1),
             "size must be finite and positive, got '2'",
         ),
-        (lambda: relaxed_top_k(hidden_states(2, 4), 6, iterations=3, temperature=0.1), "size must be above 0 and at"),
+        (
+            lambda: relaxed_top_k(hidden_states(2, 4), 6, iterations=3, temperature=0.1),
+            "size must be at most the 4 scores, got 6",
+        ),
+        (
+            lambda: relaxed_top_k(jnp.float32(1.0), 1, iterations=3, temperature=0.1),
+            r"scores_te must be \(T, E\), got \(\)",
+        ),
         (
             lambda: relaxed_top_k(hidden_states(2, 4), 2, iterations=3, temperature=0.0),
             "temperature must be finite and positive",
@@ -252,13 +260,19 @@ def slots_of_five_tokens(*, grouped: int = 5, **changes: Any) -> Routing:
             lambda: mixture(jnp.ones((5, 8), int), slots_of_five_tokens(), layer().experts),
             "x_td must be floating point, got int32",
         ),
-        (
-            lambda: layer().experts.batched(jnp.ones((0, 2, 8))),
-            "experts must be the 0 of the routing, got 4",
-        ),
+        (lambda: layer().experts.batched(jnp.ones((3, 2, 8))), r"x_ecd must be \(4, C, 8\), got \(3, 2, 8\)"),
+        (lambda: layer().experts.batched(jnp.ones((4, 2, 7))), r"x_ecd must be \(4, C, 8\), got \(4, 2, 7\)"),
         (
             lambda: layer().experts.grouped(hidden_states(5, 8), jnp.zeros(0, jnp.int32)),
-            "experts must be the 0 of the routing, got 4",
+            r"sizes_e must be \(4,\) integers, got \(0,\) int32",
+        ),
+        (
+            lambda: layer().experts.grouped(hidden_states(5, 7), jnp.ones(4, jnp.int32)),
+            r"x_sd must be \(S, 8\), got \(5, 7\)",
+        ),
+        (
+            lambda: mixture(hidden_states(5, 7), slots_of_five_tokens(), layer().experts),
+            r"x_td must be \(T, 8\), got \(5, 7\)",
         ),
         (
             lambda: layer(min_capacity=0, capacity_factor_eval=0.1)(jnp.ones((2, 8), jnp.float8_e4m3fn), train=False),
@@ -286,6 +300,11 @@ def slots_of_five_tokens(*, grouped: int = 5, **changes: Any) -> Routing:
             lambda: layer(gumbel_noise=1.0)(hidden_states(*X), train=True, key=anything(0)),
             "key must be one PRNG key, got a int",
         ),
+        (lambda: layer()(hidden_states(*X), train=False, key=anything("0")), "key must be one PRNG key, got a str"),
+        (
+            lambda: SparseMoEBlock(layer(), add_ff_after=False)(hidden_states(*X), train=False, key=anything("0")),
+            "key must be one PRNG key, got a str",
+        ),
         (
             lambda: layer(gumbel_noise=1.0)(hidden_states(*X), train=True, key=jax.random.split(jax.random.key(0))),
             r"key must be one PRNG key, got \(2,\) key<fry>",
@@ -311,8 +330,8 @@ def slots_of_five_tokens(*, grouped: int = 5, **changes: Any) -> Routing:
             "param_dtype must be floating point, got floaty",
         ),
         (lambda: FeedForward(8, 10, rngs=nnx.Rngs(0))(anything([0.0] * 8)), "x must be an array, got a list"),
-        (lambda: Experts(1, 8, 10, rngs=nnx.Rngs(0)).batched(anything([0.0])), "x must be an array, got a list"),
-        (lambda: Experts(1, 8, 10, rngs=nnx.Rngs(0)).batched(hidden_states(1, 8)), r"x must be \(E, C, D\), got"),
+        (lambda: Experts(1, 8, 10, rngs=nnx.Rngs(0)).batched(anything([0.0])), "x_ecd must be an array, got a list"),
+        (lambda: Experts(1, 8, 10, rngs=nnx.Rngs(0)).batched(hidden_states(1, 8)), r"x_ecd must be \(1, C, 8\), got"),
         (lambda: FeedForward(0, 10, rngs=nnx.Rngs(0)), "dim must be at least 1, got 0"),
         (
             lambda: FeedForward(8, 10, rngs=nnx.Rngs(0))(hidden_states(2, 7)),
@@ -324,11 +343,11 @@ def slots_of_five_tokens(*, grouped: int = 5, **changes: Any) -> Routing:
         ),
         (
             lambda: Experts(2, 8, 10, rngs=nnx.Rngs(0)).batched(jnp.ones((2, 3, 8), jnp.int32)),
-            "x must be floating point, got int32",
+            "x_ecd must be floating point, got int32",
         ),
         (
             lambda: Experts(2, 8, 10, rngs=nnx.Rngs(0)).grouped(jnp.ones((2, 3, 8)), jnp.ones(2, jnp.int32)),
-            r"x must be \(S, D\), got \(2, 3, 8\)",
+            r"x_sd must be \(S, 8\), got \(2, 3, 8\)",
         ),
         (
             lambda: layer()(hidden_states(2, 8).astype(jnp.float8_e4m3fn), train=False),
@@ -362,7 +381,7 @@ def slots_of_five_tokens(*, grouped: int = 5, **changes: Any) -> Routing:
         ),
         (
             lambda: Experts(2, 8, 10, rngs=nnx.Rngs(0)).grouped(hidden_states(5, 8), jnp.ones(2)),
-            r"sizes_e must be \(E,\) integers, got \(2,\) f",
+            r"sizes_e must be \(2,\) integers, got \(2,\) f",
         ),
         (lambda: moe_from_torch(anything(None), dim=8), "state_dict must be a Mapping, got None"),
         (lambda: moe_from_torch({}, dim=8, gating_top_n=3, num_experts=2), "gating_top_n must be at most num_experts"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe_jax import Experts, Routing, mixture, token_groups
+from moe_jax import Experts, RouterInputs, Routing, TopN, mixture, token_groups
 from moe_jax.dispatch import DISPATCHES, Dispatch, ExpertFunctions, dispatch_weight, sorted_rows
 from moe_jax.layout import collect, layout, sent, spread
 from tests.moe.support import assert_trees_close, assign_slots, choice, hidden_states
@@ -137,16 +137,18 @@ def test_sorted_rows_are_no_more_than_slots_or_assignments():
     assert sorted_rows(many)[2] == TOKENS * 3
 
 
+class Times(ExpertFunctions):
+    """Experts that multiply by 1, 2, 3 and 4."""
+
+    def batched(self, x_ecd: jax.Array) -> jax.Array:
+        return x_ecd * jnp.arange(1.0, 5.0)[:, None, None]
+
+    def grouped(self, x_sd: jax.Array, sizes_e: jax.Array) -> jax.Array:
+        return x_sd * jnp.repeat(jnp.arange(1.0, 5.0), sizes_e, total_repeat_length=len(x_sd))[:, None]
+
+
 def test_mixture_by_hand():
-    """Experts that multiply by 1, 2, 3 and 4: the output is the input times the gated sum."""
-
-    class Times(ExpertFunctions):
-        def batched(self, x_ecd: jax.Array) -> jax.Array:
-            return x_ecd * jnp.arange(1.0, 5.0)[:, None, None]
-
-        def grouped(self, x_sd: jax.Array, sizes_e: jax.Array) -> jax.Array:
-            return x_sd * jnp.repeat(jnp.arange(1.0, 5.0), sizes_e, total_repeat_length=len(x_sd))[:, None]
-
+    """The output is the input times the gated sum of 1, 2, 3 and 4."""
     asked = choice([[0, 1], [3, 1], [3, 2]], gate=[[0.5, 0.5], [0.75, 0.25], [0.9, 0.1]])
     groups = token_groups(jnp.ones(3, bool), 3, "batch")
     # One slot each: token 2 finds expert 3 taken by token 1, token 1 finds expert 1 taken by token 0.
@@ -159,12 +161,27 @@ def test_mixture_by_hand():
 
 
 @pytest.mark.parametrize("dispatch", DISPATCHES)
+@pytest.mark.parametrize("group_size", ["batch", "sequence", 3])
+def test_no_tokens(dispatch: Dispatch, group_size: int | str):
+    """Of experts with functions of their own and of ours."""
+    none = jnp.zeros((0, EXPERTS))
+    inputs = RouterInputs(none, none, jnp.ones(0, bool), uniform_ta=None)
+    groups = token_groups(jnp.ones(0, bool), 4, group_size)
+    routing = assign_slots(TopN(n=2).choose(inputs, train=False), groups, num_experts=EXPERTS, capacity_factor=None)
+    for functions in (Times(), experts()):
+        assert mixture(jnp.zeros((0, DIM)), routing, functions, dispatch=dispatch).shape == (0, DIM)
+
+
+@pytest.mark.parametrize("dispatch", DISPATCHES)
 def test_a_routing_of_other_tokens_or_experts_is_refused(dispatch: Dispatch):
     routing = routing_of(uniform(2), capacity_factor=1.0)
     with pytest.raises(ValueError, match=r"x_td must be \(T, D\) of the routing's 24 tokens, got \(23, 6\)"):
         mixture(hidden_states(TOKENS - 1, DIM), routing, experts(), dispatch=dispatch)
     fewer = Experts(EXPERTS // 2, DIM, 5, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="experts must be the 4 of the routing, got 2"):
+    refusal = (
+        r"x_ecd must be \(2, C, 6\), got \(4," if dispatch == "dense" else "experts must be the 4 of the routing, got 2"
+    )
+    with pytest.raises(ValueError, match=refusal):
         mixture(hidden_states(TOKENS, DIM), routing, fewer, dispatch=dispatch)
 
 

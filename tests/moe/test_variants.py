@@ -235,7 +235,7 @@ def test_random_policy_in_evaluation():
     x = hidden_states(2, 12, 8)
     one, two = (apply(moe, x, train=False, key=jax.random.key(seed)) for seed in (0, 1))
     assert (one.outputs != two.outputs).any()
-    with pytest.raises(ValueError, match="key must be a PRNG key for the policy 'random', got None"):
+    with pytest.raises(ValueError, match="key must be a PRNG key for the router, got None"):
         moe(x, train=False)
 
 

@@ -126,6 +126,7 @@ OF_SPECULATIVE_DECODING: list[tuple[dict[str, Any], str]] = [
     ({"lenience": 10**400}, "lenience must be in (0, 1], got 1000"),
     ({"lenience": 1.5}, "lenience must be in (0, 1], got 1.5"),
     ({"lenience": jnp.float32(1.5)}, "lenience must be in (0, 1], got 1.5"),
+    ({"lenience": np.array(1.5)}, "lenience must be in (0, 1], got 1.5"),
     ({"lenience": np.ones(2)}, "lenience must be in (0, 1], got array([1., 1.])"),
     ({"drafter": None}, "drafter must be a spec_jax.Drafter, such as SmallModel(draft), got None"),
     ({"drafter": DRAFT}, "drafter must be a spec_jax.Drafter, such as SmallModel(draft), got Toy"),

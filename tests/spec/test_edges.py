@@ -288,8 +288,8 @@ def test_padding_is_0_unless_said():
         assert result.tokens.tolist() == [[1, 0, 0, 0]]
 
 
-def test_slots_are_a_multiple_of_64():
-    """Prompt and output each are, and what a draft may run past the end is room for on top."""
-    assert checked_size(None, width=64, max_new_tokens=3, gamma=0) == 192
-    assert checked_size(None, width=64, max_new_tokens=64, gamma=63) == 192
-    assert checked_size(None, width=64, max_new_tokens=64, gamma=64) == 256
+def test_slots_are_a_multiple_of_8():
+    """Prompt and output are rounded up to 64 each, and what a draft may run past the end is room for on top."""
+    assert checked_size(None, width=64, max_new_tokens=3, gamma=0) == 136
+    assert checked_size(None, width=64, max_new_tokens=64, gamma=7) == 136
+    assert checked_size(None, width=64, max_new_tokens=64, gamma=8) == 144

@@ -150,6 +150,20 @@ def test_projection_is_loaded():
         pair_from_torch(weights, model=PAIR_ARGUMENTS["model"], prophet=narrow)
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"model": {"width": 1}}, r"model must be among \[.*'num_tokens'\], got \['width'\]"),
+        ({"model": 5}, "model must map arguments to values, got 5"),
+        ({"prophet": PAIR_ARGUMENTS["prophet"] | {"dim": 0}}, r"prophet\.dim must be at least 1, got 0"),
+    ],
+)
+def test_arguments_of_the_pair_that_are_none(changed: dict[str, Any], message: str):
+    arguments = {name: PAIR_ARGUMENTS[name] for name in ("model", "prophet")} | changed
+    with pytest.raises(ValueError, match=message):
+        pair_from_torch(state(PAIR), **arguments)
+
+
 def test_the_wrappers_arguments_are_kept():
     pair = pair_from_torch(
         state(PAIR),

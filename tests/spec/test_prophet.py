@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from spec_jax import ModelWithProphet, Prophet, speculative_decoding
+from spec_jax import ModelWithProphet, Prophet, ProphetModel, speculative_decoding
 from spec_jax.drafters.base import Sequence
 from spec_jax.losses import next_token_loss, prophet_distillation_loss, prophet_losses
 from tests.spec.strategies import drafting_what_is_there, random_pair
@@ -223,6 +223,10 @@ def test_bad_input():
         ModelWithProphet(transformer(0), other, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="target must be a Decoder, got NoneType"):
         ModelWithProphet(None, transformer(0), rngs=nnx.Rngs(0))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="decoder must be a Decoder, got NoneType"):
+        ProphetModel(None, target_dim=8, rngs=nnx.Rngs(0))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="target_dim must be at least 1, got 0"):
+        ProphetModel(transformer(0), target_dim=0, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="prophet must be a Decoder without an early exit"):
         ModelWithProphet(
             transformer(0), transformer(0, dataclasses.replace(CONFIG, early_exit_layer=1)), rngs=nnx.Rngs(0)

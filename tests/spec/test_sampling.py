@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -172,6 +173,31 @@ def test_noise_tells_the_tokens_of_a_large_vocabulary_apart():
     assert equal_ones(jax.random.gumbel(key, (size,))) > 10
 
 
+def test_uniform_noise_is_fine_where_it_is_small():
+    """JAX's default is on a grid of 2^-23, which a draft of a less likely token is accepted at 0 of."""
+
+    def on_the_grid(uniform_n: jax.Array) -> np.ndarray:
+        scaled = np.asarray(uniform_n, float) * 2.0**23
+        return scaled == np.round(scaled)
+
+    key, size = jax.random.key(0), 2**20
+    uniform_n = noise.uniform(key, (size,), jnp.float32)
+    low = uniform_n < 2.0**-8
+    assert on_the_grid(uniform_n[low]).mean() < 0.01
+    assert on_the_grid(jax.random.uniform(key, (size,))).all()
+    assert uniform_n.min() >= 0
+    assert uniform_n.max() < 1
+    assert scipy.stats.kstest(np.asarray(uniform_n), "uniform").pvalue > 0.001
+    assert scipy.stats.kstest(np.asarray(uniform_n[low]) * 2**8, "uniform").pvalue > 0.001
+    assert noise.uniform(key, (2, 3), jnp.float32).shape == (2, 3)
+
+
+def test_a_fraction_of_the_vocabulary_may_be_numpys():
+    logits = np.log([0.4, 0.3, 0.2, 0.1])
+    for fraction in (0.5, np.float32(0.5)):
+        np.testing.assert_allclose(probs_of(logits, top_k=fraction), [4 / 7, 3 / 7, 0, 0], atol=1e-6)
+
+
 def test_draft_and_target_are_filtered_by_one_function(monkeypatch: pytest.MonkeyPatch):
     """All of a round's gamma draft steps and its scoring go through the one name that `loop` has for it."""
     shapes = []
@@ -211,7 +237,7 @@ def test_drafts_and_corrections_take_the_noise_of_large_vocabularies(monkeypatch
     assert samplers == {
         Purpose.DRAFT: gumbel,
         Purpose.RESIDUAL: gumbel,
-        Purpose.ACCEPTANCE: jax.random.uniform,
+        Purpose.ACCEPTANCE: noise.uniform,
     }
 
 
