@@ -40,7 +40,7 @@ def test_whole_sequence_has_the_targets_law(rule: str, batch: int, name: str, eo
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 4, 16])
 def test_block_never_accepts_less_than_rejection(batch: int, record_property):
-    """In every cell, up to 4 standard errors of the difference; test_block_optimality.py compares without error."""
+    """In every cell, up to 4 standard errors of the difference; test_verification.py compares without error."""
     deviations = []
     for filters in FILTERS.values():
         for eos_id in (None, 1):
