@@ -248,17 +248,17 @@ def panels(results: Sequence[Result]) -> list[list[Panel]]:
     }
     loss = "validation bits per byte"
     seeds = max(map(len, every.values()))
-    mean, first = (f", {seeds} seeds", ", first seed") if seeds > 1 else ("", "")
+    all_seeds, first_seed = (f", {seeds} seeds", ", first seed") if seeds > 1 else ("", "")
     line = [
-        Panel(f"Loss against steps{mean}", "training step", loss, steps),
-        Panel(f"Loss against computation{mean}", "training TFLOP", loss, flops),
+        Panel(f"Loss against steps{all_seeds}", "training step", loss, steps),
+        Panel(f"Loss against computation{all_seeds}", "training TFLOP", loss, flops),
     ]
     sheet = [line]
     if SPARSE in every:
         sheet.append(
             [
                 Panel(
-                    f"Load of each expert, {layer.replace('layer', 'layer ')}{first}",
+                    f"Load of each expert, {layer.replace('layer', 'layer ')}{first_seed}",
                     "training step", "share of assignments",
                     {name.removeprefix("expert"): curve for name, curve in experts.items()},
                     level=1 / len(experts), bottom=0.0, own_legend=True,
@@ -277,7 +277,7 @@ def panels(results: Sequence[Result]) -> list[list[Panel]]:
         }
         sheet[-1].append(
             Panel(
-                f"Dropped, by choice and capacity{mean}",
+                f"Dropped, by choice and capacity{all_seeds}",
                 "training step",
                 "share dropped",
                 dropped,
