@@ -40,8 +40,8 @@ class RunConfig:
       sequence_length: tokens predicted a sequence.
       learning_rate: Adam's, at its highest.
       warmup_steps: steps over which the learning rate rises from 0.
-      schedule: what the learning rate does then: stay, or fall by half a cosine that reaches a tenth `steps`
-        after the warm-up.
+      schedule: what the learning rate does then: stay, or fall along half a cosine, to reach a tenth of its
+        height as many steps after the warm-up as there are in total.
       adam_b2: decay of Adam's second moment.
       clip_norm: largest global norm of a model's gradient.
       log_every: steps between records of the training loss, which is the mean over them. The last step has one, too.

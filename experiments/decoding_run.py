@@ -32,7 +32,7 @@ class DecodingRunConfig(RunConfig):
     Attributes:
       target: the model whose text is wanted.
       gamma: tokens drafted a round, in samples.
-      verification: the rule, in samples and measurements.
+      verification: the rule that accepts drafted tokens, in samples and measurements.
       temperature: of samples and measurements.
       prompt_length: bytes of a prompt.
       generate_length: bytes generated.

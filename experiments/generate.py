@@ -101,7 +101,7 @@ class GenerateConfig:
       drafter: what drafts: 'trained', whatever the run trained for it; 'ngram', the row's own past; 'layer-skip', the
         target without the layers that `experiments.search_layer_skip` found; or 'none'.
       gamma: tokens drafted a round; None is what the search found best, for 'layer-skip', and 5 otherwise.
-      verification: the rule.
+      verification: the rule that accepts drafted tokens; all are exact.
       plain: the same as `drafter` 'none'.
       seed: of the noise.
     """

@@ -3,7 +3,7 @@
     python -m experiments.launch --processes 2 --devices-per-process 4 -- python -m experiments.train_draft cpu
 
 Every script that trains a model works under it without further flags. Process 0 writes to this terminal; of the others
-the last lines are shown if they fail. Signals reach all of them, but one that is ignored, as `nohup` has it, none.
+the last lines are shown if they fail. Signals reach all of them, except those that are ignored, as under `nohup`.
 If the launcher itself is killed, they stop as at SIGTERM, with a checkpoint.
 Accelerators of one machine need no launcher: one process drives them all.
 """

@@ -20,7 +20,8 @@ class MoEConfig:
       dim: D, width of the hidden states.
       num_experts: E.
       router: who chooses whom: `TopN`, `CoordinateDescent`, `ExpertChoice`, or your own.
-      capacity_factor_train: floor(group tokens * factor / E) slots per expert; None for no limit.
+      capacity_factor_train: floor(group tokens * factor / E) slots per expert, however many experts a token asks
+        for: if each asks for two, 1.25 drops 37.5 % at least. None for no limit.
       capacity_factor_eval: the same, in evaluation.
       min_capacity: lower bound on the slots per expert (never more than there are tokens in the group).
       group_size: tokens that share a capacity: "batch", "sequence" or a number. A capacity is that of the tokens there
@@ -34,7 +35,7 @@ class MoEConfig:
         there to check the others against: it multiplies by zeros, so that one token's NaN reaches all.
       dispatch_eval: the same, in evaluation; None is the same as in training. A decoder that trains with a capacity
         and decodes with "ragged" gives each token what it gives it alone.
-      straight_through: whether dispatching passes a gradient to the gates, as the original does.
+      straight_through: whether dispatching passes a gradient to the gates, as st-moe-pytorch does.
       gumbel_noise: scale of the Gumbel noise on the logits that choose, in training.
       input_jitter: the logits that choose are computed from hidden states times uniform(1 - jitter, 1 + jitter), in
         training.
@@ -47,11 +48,11 @@ class MoEConfig:
       mult_bias: whether the experts have the multiplicative bias after the gate.
       activation: of the experts' gates. A function without weights, which closes over nothing to be differentiated
         and whose derivative at 0 is finite: places without a token hold zeros.
-      init: initial weights, "paper" or "original".
+      init: initial weights, "paper" (truncated normal of variance 0.1 / in) or "original" (as in st-moe-pytorch).
       recompute: whether the backward pass computes the routed experts' hidden states again. Of each row of an expert,
         2F numbers less are kept from the forward to the backward pass, for a product more. Where a CPU keeps them in
         the place of a gradient (see `moe_jax.block_loops`), that saves no memory.
-      param_dtype: dtype of the weights.
+      param_dtype: dtype of the weights. What is computed has that of the input, but for the routing.
       data_axis: name of the mesh axis that tokens are split over, where the layer is on a mesh that has it.
       expert_axis: name of the mesh axis that experts, and the tokens of each part of the data, are split over.
 

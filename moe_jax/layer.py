@@ -198,7 +198,7 @@ class MoE(nnx.Module):
 class RMSNorm(nnx.Module):
     """Hidden states over their root mean square, times a learned scale `scale_d` (D,). At least float32 inside.
 
-    As in the original, times the square root of D over their norm, which counts as 1e-12 where it is less.
+    As in st-moe-pytorch, times the square root of D over their norm, which counts as 1e-12 where it is less.
 
     Args:
       dim: D.

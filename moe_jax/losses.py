@@ -50,7 +50,7 @@ class Metrics:
 
     Attributes:
       load_e: (E,) share of the assignments asked for, before capacity; sums to 1, or to 0 where nothing is asked for.
-        Always uniform of `ExpertChoice`.
+        Always uniform with `ExpertChoice`.
       wanted_a: (A,) share of tokens that asked for their candidate of each rank.
       dropped_a: (A,) share of the assignments asked for that capacity refused, per rank.
       router_entropy: (), mean entropy of the router probabilities, in nats; ln E when undecided.

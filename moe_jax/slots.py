@@ -127,8 +127,8 @@ def assign_slots(
       capacity_factor: slots per expert as a share of group tokens / E, or None for no limit.
       min_capacity: a lower bound on the slots per expert.
       slot_order: who comes first in an expert's queue. "token": earlier tokens, so that a token's slot never depends
-        on later ones (where a group has tokens of several sequences, those of the first come first, all of them). Who
-        finds an expert full is at the end then.
+        on later ones (where a group has tokens of several sequences, those of the first come first, all of them). The
+        end of a group is dropped first then.
         "choice": first choices of all tokens, then second choices. "priority": as "choice", but the
         tokens most sure of their first choice go first (batch priority routing).
 

@@ -35,6 +35,11 @@ class Decoder(nnx.Module):
     """Embedding, blocks of causal attention and feed-forward, normed output head.
 
     Holds weights only; the cache goes in and comes out of the call.
+
+    Args:
+      config: its sizes.
+      rngs: for the initial weights; not kept.
+      feed_forward: makes the feed-forward of each block (see `FeedForwardFactory`); None is the usual one.
     """
 
     def __init__(

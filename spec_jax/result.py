@@ -42,7 +42,7 @@ class DecodeResult:
     """Decoded rows. Out of `jax.vmap` every array has its axis in front, and rates are over all rows of all calls.
 
     Attributes:
-      tokens: (B, max_new_tokens) int32, the end token included, `pad_id` after it.
+      tokens: (B, max_new_tokens) int32, without the prompt, the end token included, `pad_id` after it.
       lengths: (B,) int32, tokens emitted: accepted, corrected and bonus, the end token included.
       stats: counts per row.
     """

@@ -25,8 +25,9 @@ class Sampling:
 
     Attributes:
       temperature: divides the logits; 0 is greedy. A scalar that may change without a recompile.
-      top_k: an integer keeps that many tokens; a float in [0, 1) is the original's fraction and keeps the
-        ⌈(1 − top_k)·V⌉ largest, rounded as there (0.7 of 10 keeps 4); None keeps all. Part of the compiled program.
+      top_k: an integer keeps that many tokens; a float in [0, 1) is a fraction to leave out, as in the PyTorch package
+        `speculative-decoding`, and keeps the ⌈(1 − top_k)·V⌉ largest, rounded as there (0.7 of 10 keeps 4); None keeps
+        all. Part of the compiled program.
       top_p: keeps the smallest set of most probable tokens whose mass reaches top_p; 1 keeps all (nucleus sampling,
         Holtzman 1904.09751). May change without a recompile.
       min_p: keeps tokens at least min_p times as probable as the most probable one; 0 keeps all (Nguyen 2407.01082).
