@@ -80,7 +80,7 @@ class DecodingRunConfig(RunConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Strategy:
-    """How a kind of run decodes with what it has trained, of which its `target` is one.
+    """How a kind of run decodes with its models. The one named "target" is the target.
 
     Attributes:
       label: its name in figures.

@@ -24,10 +24,10 @@ gumbel = partial(jax.random.gumbel, mode="high")
 
 
 def uniform(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
-    """Numbers in [0, 1), as fine where they are small as float32 is.
+    """Numbers in [0, 1) of float32, below a half multiples of 2^-46.
 
     Of 23 random bits, as by default, 0 comes once in eight million draws, and would accept a token that is less likely
-    by far. Below a half 23 more bits are added.
+    by far.
     """
     coarse, fine = jax.random.uniform(key, (2 * math.prod(shape),), dtype).reshape(2, *shape)
     return jnp.where(coarse < 0.5, coarse + fine * 2.0**-23, coarse)

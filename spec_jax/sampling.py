@@ -110,7 +110,7 @@ def filtered_log_probs(logits: jax.Array, sampling: Sampling) -> jax.Array:
 def keep_top_k(scores: jax.Array, top_k: int | float) -> jax.Array:
     """−inf below the k-th largest score, with k counted or a fraction as in `Sampling.top_k`."""
     vocab_size = scores.shape[-1]
-    count = min(int(top_k), vocab_size) if is_integer(top_k) else math.ceil((1 - top_k) * vocab_size)
+    count = min(int(top_k), vocab_size) if is_integer(top_k) else math.ceil((1 - float(top_k)) * vocab_size)
     smallest_kept = sort_descending(scores)[..., count - 1 : count]
     return jnp.where(scores < smallest_kept, -jnp.inf, scores)
 

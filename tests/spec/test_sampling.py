@@ -196,6 +196,8 @@ def test_a_fraction_of_the_vocabulary_may_be_numpys():
     logits = np.log([0.4, 0.3, 0.2, 0.1])
     for fraction in (0.5, np.float32(0.5)):
         np.testing.assert_allclose(probs_of(logits, top_k=fraction), [4 / 7, 3 / 7, 0, 0], atol=1e-6)
+    # In half precision 50,000 is no number.
+    assert (probs_of(np.arange(100_000), top_k=np.float16(0.5), temperature=1e5) > 0).sum() == 50_000
 
 
 def test_draft_and_target_are_filtered_by_one_function(monkeypatch: pytest.MonkeyPatch):
