@@ -129,7 +129,7 @@ def test_eight_devices_train_as_one():
 @pytest.mark.parametrize(
     ("expert_parallel", "batch_size", "accumulation", "message"),
     [
-        (1, 4, 4, "multiple of the 8 devices that share it, got 4: --batch-size 8 --accumulation 2 reads the same rows"),
+        (1, 4, 4, "multiple of the 8 devices that share it, got 4: --batch-size 8 --accumulation 2 reads the same"),
         (1, 3, 1, "multiple of the 8 devices that share it, got 3$"),
         (4, 3, 1, "multiple of the 2 devices that share it, got 3$"),
     ],
