@@ -312,7 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "steps": first.steps,
         "runs": [dataclasses.asdict(result) for result in results],
     }
-    (config.output / "experts.json").write_text(json.dumps(content, indent=1) + "\n")
+    (config.output / "experts.json").write_text(json.dumps(content) + "\n")
     (config.output / "experts.md").write_text(markdown(rows))
     save_panels(config.output / "experts.png", panels(results))
     print_with_paths(console, f"experts.json, experts.md and experts.png are in {config.output}")

@@ -240,12 +240,13 @@ class Experts(nnx.Module):
     def mixed(self, x_td: jax.Array, sent: Sent, sizes: jax.Array | int) -> jax.Array:
         """Each token's sum over its rows (see `moe_jax.dispatch.ExpertFunctions`)."""
         experts, dim, _ = self.w_in_edf.shape
-        equal = isinstance(sizes, int)
-        if (routed := len(sent.gate_s) // sizes if equal else len(sizes)) != experts:
+        sizes_e = None if isinstance(sizes, int) else sizes
+        routed = len(sent.gate_s) // sizes if isinstance(sizes, int) else len(sizes)
+        if routed != experts:
             raise ValueError(f"experts must be the {routed} of the routing, got {experts}")
         if x_td.shape[1] != dim:
             raise ValueError(f"x_td must be (T, {dim}), got {x_td.shape}")
-        return self._by_group(x_td, None if equal else sizes, sent)
+        return self._by_group(x_td, sizes_e, sent)
 
     def _by_group(self, x: jax.Array, sizes_e: jax.Array | None, sent: Sent | None = None) -> jax.Array:
         weights = weights_by_half(

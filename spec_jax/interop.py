@@ -51,7 +51,7 @@ def decoder_from_torch(state_dict: Mapping[str, ArrayLike], **constructor_args: 
       ValueError: an unknown argument; no mapping, or weights that are missing, left over, of another shape or not
         floating point.
     """
-    decoder = nnx.eval_shape(lambda: Decoder(_config("constructor_args", constructor_args), rngs=nnx.Rngs(0)))
+    decoder = nnx.eval_shape(lambda: Decoder(_config(constructor_args), rngs=nnx.Rngs(0)))
     return _load(decoder, torch_names(decoder.config), state_dict)
 
 
@@ -86,8 +86,8 @@ def pair_from_torch(
     def make() -> ModelWithProphet:
         rngs = nnx.Rngs(0)
         return ModelWithProphet(
-            Decoder(_config("model", model, "model."), rngs=rngs),
-            Decoder(_config("prophet", prophet, "prophet."), rngs=rngs),
+            Decoder(_config(model, "model"), rngs=rngs),
+            Decoder(_config(prophet, "prophet"), rngs=rngs),
             prophet_train_length=prophet_train_length,
             num_leading_start_tokens=num_leading_start_tokens,
             detach_target_hiddens=detach_model_embed_for_prophet,
@@ -190,8 +190,9 @@ def _block_names(ours: str, theirs: str) -> dict[str, str]:
     }
 
 
-def _config(name: str, constructor_args: Mapping[str, Any], prefix: str = "") -> DecoderConfig:
-    """The configuration for the original's arguments, which the user passed by this name, each with this prefix."""
+def _config(constructor_args: Mapping[str, Any], of: str | None = None) -> DecoderConfig:
+    """The configuration for the original's arguments, passed each by itself or, `of` a part of a pair, by its name."""
+    name, prefix = ("constructor_args", "") if of is None else (of, f"{of}.")
     if not isinstance(constructor_args, Mapping):
         raise ValueError(f"{name} must map arguments to values, got {constructor_args!r}")
     unknown = sorted(set(constructor_args) - set(_CONFIG_NAMES))
